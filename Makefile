@@ -1,0 +1,66 @@
+# Everything a contributor runs. Each target makes its own set-up in .venv from nothing but python3 (3.10 or newer, with
+# venv), git and make; the second call finds it there.
+
+DB ?=
+ARGS ?=
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+UV := $(BIN)/uv
+# Interpreters come from this machine. The venv below is uv's project too.
+export UV_PYTHON_DOWNLOADS := never
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+unexport VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-admin test lint format types docs matrix coverage bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.test ## watch workers drain a queue of real files (DB=sqlite or DB=postgres)
+	$(PY) examples/demo.py --db $(or $(DB),sqlite)
+
+demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin
+	$(PY) examples/demo.py admin
+
+test: $(VENV)/.test $(VENV)/.mariadb ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ARGS="-k word")
+	$(PY) -m tests.suite --db $(or $(DB),all) $(ARGS)
+
+lint: $(VENV)/.lint ## check style, formatting and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.lint ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.types ## check the types
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d build/doctrees docs build/docs
+
+clean: ## remove what the targets have made
+	rm -rf $(VENV) .tox build dist .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# Set-up. A stamp per group of dependencies, so that `make lint` does not install a database.
+
+$(UV):
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'ModelQueue needs Python 3.10 or newer')"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs $(VENV)/.matrix: $(VENV)/.%: pyproject.toml uv.lock | $(UV)
+	$(UV) sync --quiet --frozen --inexact --no-default-groups --group $*
+	@touch $@
+
+# The driver has to be compiled. Where that can not be done `make test` says so beside the database's name and goes on;
+# there is no stamp then, so that the next call tries again.
+$(VENV)/.mariadb: $(VENV)/.test
+	@if ! PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mariadbd >/dev/null; then :; \
+	elif $(UV) sync --quiet --frozen --inexact --no-default-groups --group test --group mariadb 2>$(VENV)/mariadb.log; \
+	then touch $@; else echo "MariaDB's driver could not be compiled, see $(VENV)/mariadb.log"; fi

@@ -1,0 +1,45 @@
+"""Fixtures and markers of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+from django.conf import settings
+from django.db import connection
+
+from tests.processes import Processes
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix, tmp_path_factory):
+    """SQLite in files: other threads and other processes have to see the same database."""
+    folder = tmp_path_factory.mktemp("databases")
+    for alias, database in settings.DATABASES.items():
+        if database["ENGINE"].endswith("sqlite3"):
+            database.setdefault("TEST", {})["NAME"] = str(folder / f"{alias}.sqlite3")
+
+
+@pytest.fixture(autouse=True)
+def _skip_by_marker(request):
+    """Skip what `@pytest.mark.vendor` and `@pytest.mark.db_feature` say this database is not for."""
+    if (vendor := request.node.get_closest_marker("vendor")) and connection.vendor not in vendor.args:
+        pytest.skip(f"for {' and '.join(vendor.args)} only")
+    if feature := request.node.get_closest_marker("db_feature"):
+        # Some features are known only after a question to the server.
+        request.getfixturevalue("django_db_setup")
+        with request.getfixturevalue("django_db_blocker").unblock():
+            missing = [name for name in feature.args if not getattr(connection.features, name)]
+        if missing:
+            pytest.skip(f"{connection.display_name} lacks {', '.join(missing)}")
+
+
+@pytest.fixture
+def vendor() -> str:
+    """Django's name of the database: sqlite, postgresql, mysql (MariaDB too)."""
+    return connection.vendor
+
+
+@pytest.fixture
+def processes(transactional_db):
+    """Real processes on the database of this test; see `tests.processes`."""
+    with Processes() as started:
+        yield started

