@@ -41,11 +41,24 @@ format: $(VENV)/.lint ## put the code into shape
 types: $(VENV)/.types ## check the types
 	$(BIN)/mypy
 
+# The shims of pyenv refuse a version that is not activated, so look behind them.
+matrix: $(VENV)/.matrix ## run the tests on SQLite and PostgreSQL with each supported pair of Python and Django
+	pyenv=$$(pyenv root 2>/dev/null || true); \
+	PATH="$$(printf '%s:' "$$pyenv"/versions/3.*/bin)$$PATH" $(BIN)/tox run -- $(ARGS)
+
+# Data from before the last change of the code counts for nothing: its lines are other lines.
+coverage: $(VENV)/.test ## sum up what make test and make matrix have covered; less than every line and branch fails
+	@mkdir -p build/coverage
+	@find build/coverage -type f ! -newer "$$(find src -name '*.py' -exec ls -t {} + | head -1)" -print -delete \
+	| awk 'END { if (NR) print "Left out: " NR " data files older than the code." }'
+	$(BIN)/coverage combine --quiet --keep --data-file=build/coverage.data build/coverage
+	$(BIN)/coverage report --data-file=build/coverage.data
+
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
 clean: ## remove what the targets have made
-	rm -rf $(VENV) .tox build dist .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache
 
 # Set-up. A stamp per group of dependencies, so that `make lint` does not install a database.
 

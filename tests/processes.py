@@ -90,7 +90,7 @@ class Process:
         return self._errors.read()
 
     def result(self, timeout: float = 120) -> Any:
-        """Wait for its end and return what the function returned; where it failed, raise with its traceback."""
+        """Wait for its end and return what the function returned; raise its traceback where it failed."""
         if code := self.wait(timeout):
             raise RuntimeError(f"the process ended with code {code}:\n{self.errors}")
         self._output.seek(0)

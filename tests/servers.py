@@ -1,7 +1,7 @@
 """Databases for the tests: each server runs in a temporary folder and is stopped with its `with` block.
 
-Nothing here needs root. Where root runs it, PostgreSQL and MariaDB get a user of their own, as both insist on that.
-Durability is switched off: no test cuts the power, and each commit would wait for the disk.
+Nothing here needs root. Where root runs it, PostgreSQL and MariaDB get a user of their own, as both insist on
+that. Durability is switched off: no test cuts the power, and each commit would wait for the disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if django.VERSION >= (5, 1):
     }
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818  (not an error: many machines lack a database)
     """This machine can not run the database; the message says what is missing."""
 
 
@@ -108,7 +108,7 @@ def _installed_postgresql(folder: Path, binaries: Path) -> Iterator[dict[str, An
         raise Unavailable(f"{binaries} has no PostgreSQL: install postgresql-{binaries.parent.name}")
     owner = _owner("postgres", folder)
     data = folder / "data"
-    _run(binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync", **owner)
+    _run(binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync", **owner)
     options = POSTGRESQL_OPTIONS | {"listen_addresses": "''", "unix_socket_directories": str(folder)}
     arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
     _run(binaries / "pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", arguments, "start", **owner)
@@ -174,7 +174,7 @@ def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _owner(user: str, folder: Path) -> dict[str, Any]:
-    """The keywords of `subprocess` for running a server in `folder`: root hands it over to the server's user."""
+    """How `subprocess` runs a server in `folder`: root hands both over to the server's own user."""
     if os.name != "posix" or os.geteuid() != 0:
         return {}
     try:

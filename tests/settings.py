@@ -1,7 +1,7 @@
 """Django's settings for the tests.
 
-The databases come as JSON in `MODELQUEUE_TEST_DATABASES`: from `tests.suite`, which has started the server, or from
-`tests.processes`, so that a process a test starts works on that test's own database. Without it: SQLite.
+The databases come as JSON in `MODELQUEUE_TEST_DATABASES`: from `tests.suite`, which has started the server,
+or from `tests.processes`, so that a process a test starts works on that test's own database. Without it: SQLite.
 """
 
 import json

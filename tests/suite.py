@@ -3,8 +3,8 @@
     python -m tests.suite                          all of them
     python -m tests.suite --db sqlite -k status    one; what follows goes to pytest
 
-A server is started once for the whole run, not by each worker of pytest. A database that can not be had here is called
-"not run" at the end, and is an error only where it was asked for by name.
+A server is started once for the whole run, not by each worker of pytest. A database that can not be had here
+is called "not run" at the end, and is an error only where it was asked for by name.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def main() -> int:
 def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
     """Run pytest on a started server, under coverage."""
     print(f"\n=== {name} ===", flush=True)
-    cell = f"py{sys.version_info.major}.{sys.version_info.minor}-django{django.VERSION[0]}.{django.VERSION[1]}-{name}"
+    cell = (
+        f"py{'.'.join(map(str, sys.version_info[:2]))}-django{'.'.join(map(str, django.VERSION[:2]))}-{name}"
+    )
     COVERAGE.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE.glob(f"{cell}.*"):
         old.unlink()
