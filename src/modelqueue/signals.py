@@ -1,0 +1,47 @@
+"""Every event of the library as a Django signal, and its arguments.
+
+The sender is the model class. All receivers get ``pk`` (primary key of the task), ``field`` (name of
+the status field) and ``using`` (alias of the database) besides what is listed with each signal. They
+are called after the database has taken the change (inside an outer transaction: before its commit).
+What a receiver raises is logged and goes no further: an observer can not change what happens to a
+task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import Model
+from django.dispatch import Signal
+
+__all__ = ["lease_lost", "task_claimed", "task_finished", "task_recovered"]
+
+#: A worker has claimed a task and is about to run its action.
+#:
+#: ``task``: the instance; ``status``: the working `Status`, which is the lease.
+task_claimed = Signal()
+
+#: An attempt has ended and its outcome is recorded.
+#:
+#: ``task``: the instance (None: the row could not be made into one); ``status``: the `Status` that was
+#: recorded (None: taken out of the queue);
+#: ``outcome``: one of the words of `modelqueue.outcomes.Ending`, such as ``"finish"`` or ``"retry"``;
+#: ``error``: the exception that ended the attempt, or None.
+task_finished = Signal()
+
+#: A task whose lease ran out was taken back from the worker that held it.
+#:
+#: ``lease``: the `Status` that the dead worker held; ``status``: the new one.
+task_recovered = Signal()
+
+#: An attempt has ended, but its lease was gone: nothing of its outcome was recorded.
+#:
+#: ``task``: the instance; ``lease``: the `Status` that the worker held; ``status``: the one that stands
+#: in the row now (None: the row is gone or out of the queue); ``outcome``, ``error``: as in
+#: `task_finished`, of the attempt that was dropped.
+lease_lost = Signal()
+
+
+def send(signal: Signal, model: type[Model], *, pk: Any, field: str, using: str, **arguments: Any) -> None:
+    """Send a signal; Django logs what a receiver raises (logger ``django.dispatch``)."""
+    signal.send_robust(model, pk=pk, field=field, using=using, **arguments)
