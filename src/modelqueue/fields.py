@@ -1,0 +1,330 @@
+"""The model fields: `StatusField` makes a model a queue, `ErrorField` keeps its last failure.
+
+Both are plain columns to the database and to migrations (a BigIntegerField, a TextField), so
+adding or removing the library changes no table behind the user's back.
+
+What a `StatusField` promises: **a status is written only where it was assigned.** A view that
+loaded a task, and saves it after a worker has finished it, must not put it back to waiting. So
+`save()` writes the status only if code assigned it since the instance was loaded, refreshed, or
+last saved; otherwise the row keeps the one it has. (`QuerySet.update` and `bulk_update` name their
+fields, which is an assignment, and write them as always.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Union
+
+from django.core import checks
+from django.db import models
+from django.db.models.expressions import Combinable
+from django.db.models.query_utils import DeferredAttribute
+
+from modelqueue.lookups import StatusAttempts, StatusPriority, StatusState
+from modelqueue.status import Status, priority_to_datetime
+
+if TYPE_CHECKING:
+    from django import forms
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.sql.compiler import SQLCompiler
+
+    _BigIntegerField = models.BigIntegerField[Union[int, Combinable, None], Any]
+    _TextField = models.TextField[Union[str, Combinable], str]
+else:
+    _BigIntegerField = models.BigIntegerField
+    _TextField = models.TextField
+
+__all__ = ["ErrorField", "StatusField"]
+
+
+class StatusField(_BigIntegerField):
+    """A BigIntegerField that holds a `Status` and makes its model a task queue.
+
+    ``StatusField()`` is indexed and defaults to ``Status.waiting``: a new row is a task that is due
+    at once. ``StatusField(null=True)`` defaults to None, which means "not in the queue". Any option
+    of a BigIntegerField may be given and then stands as given.
+
+    Reads as `Status`. Queries: ``filter(status__state="waiting")``, ``status__state__in=[...]``,
+    ``values("status__state")``, ``status__priority``, ``status__attempts``.
+
+    Migrations see ``django.db.models.BigIntegerField`` with the same options, so a model that
+    declared ``modelqueue.StatusField(db_index=True, default=modelqueue.Status.waiting)`` for
+    modelqueue 2 needs no new one.
+    """
+
+    def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
+        options.setdefault("db_index", True)
+        if not options.get("null") and "default" not in options and "db_default" not in options:
+            options["default"] = Status.waiting
+        super().__init__(verbose_name, name, **options)
+
+    def deconstruct(self) -> tuple[str, str, Sequence[Any], dict[str, Any]]:
+        name, _, args, options = super().deconstruct()
+        return name, "django.db.models.BigIntegerField", args, options
+
+    def clone(self) -> StatusField:
+        # deconstruct() leaves out what is a BigIntegerField's default; what is not ours is given here.
+        _, _, args, options = self.deconstruct()
+        return type(self)(*args, **{"db_index": self.db_index, "default": self.default, **options})
+
+    def contribute_to_class(self, cls: type[models.Model], name: str, private_only: bool = False) -> None:
+        super().contribute_to_class(cls, name, private_only)
+        # Not descriptor_class: Django keeps an attribute that an abstract parent has defined.
+        setattr(cls, self.attname, StatusAttribute(self))
+        if not hasattr(cls.save_base, "_modelqueue"):
+            cls.refresh_from_db = _loads(cls.refresh_from_db)  # type: ignore[method-assign]
+            cls.save_base = _saves(cls.save_base)  # type: ignore[method-assign]
+
+    # Values
+
+    def from_db_value(self, value: int | None, *args: Any) -> Status | None:
+        return None if value is None else Status(value)
+
+    def to_python(self, value: Any) -> Any:
+        if value is None or isinstance(value, Status):
+            return value
+        return Status(super().to_python(value))
+
+    def value_from_object(self, obj: models.Model) -> Any:
+        # Forms and serializers want the digits, str() of a Status is words.
+        value = super().value_from_object(obj)
+        return int(value) if isinstance(value, Status) else value
+
+    def pre_save(self, model_instance: models.Model, add: bool) -> Any:
+        if add or model_instance._state.adding:
+            return super().pre_save(model_instance, add)
+        if _record(model_instance).get(self.attname) not in ("assigned", "saving"):
+            return _AsStored(self)
+        _note(model_instance, self.attname, "saving")
+        return super().pre_save(model_instance, add)
+
+    def formfield(self, **options: Any) -> forms.Field | None:  # type: ignore[override]
+        from modelqueue.forms import StatusFormField
+
+        return super().formfield(**{"form_class": StatusFormField, **options})
+
+    # Checks
+
+    def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
+        return [
+            *super().check(**kwargs),
+            *self._check_index(),
+            *self._check_default(),
+            *self._check_unique(),
+        ]
+
+    def _check_index(self) -> list[checks.CheckMessage]:
+        if self.db_index or self.unique or self.name in _leading_columns(self.model):
+            return []
+        return [
+            checks.Warning(
+                f"{self} has no index, so every claim reads the whole table.",
+                hint="Remove db_index=False, or add models.Index(fields=[...]) to Meta.indexes "
+                f"with {self.name!r} as its first field.",
+                obj=self,
+                id="modelqueue.W001",
+            )
+        ]
+
+    def _check_default(self) -> list[checks.CheckMessage]:
+        default = self.default
+        if not isinstance(default, Status) or priority_to_datetime(default.priority) is None:
+            return []
+        return [
+            checks.Warning(
+                f"{self} has the default {default!r}: one moment, computed when the model was "
+                "imported, is the priority of every new row, so they do not run in their order.",
+                hint=f"Give the function, not its result: default=modelqueue.Status.{default.state}",
+                obj=self,
+                id="modelqueue.W002",
+            )
+        ]
+
+    def _check_unique(self) -> list[checks.CheckMessage]:
+        if not self.unique:
+            return []
+        return [
+            checks.Warning(
+                f"{self} is unique, but two tasks that are claimed in one millisecond have the same status.",
+                hint="Remove unique=True. Which task is which is said by the primary key.",
+                obj=self,
+                id="modelqueue.W003",
+            )
+        ]
+
+
+StatusField.register_lookup(StatusState)
+StatusField.register_lookup(StatusPriority)
+StatusField.register_lookup(StatusAttempts)
+
+
+def _leading_columns(model: type[models.Model]) -> set[str]:
+    """Return the names of the fields that an index or a unique constraint of the model begins with."""
+    names = {index.fields[0].lstrip("-") for index in model._meta.indexes if index.fields}
+    names |= {together[0] for together in model._meta.unique_together}
+    for constraint in model._meta.constraints:
+        if isinstance(constraint, models.UniqueConstraint) and constraint.fields:
+            names.add(constraint.fields[0])
+    return names
+
+
+# "Written only where it was assigned": the bookkeeping
+#
+# An instance keeps a record of the status fields that were assigned since they were loaded. While
+# it is new (`_state.adding`) everything is written anyhow; an INSERT, by save() or bulk_create(),
+# leaves it with the empty record of an instance that was just loaded.
+
+_RECORD = "_modelqueue_assigned"
+_LOADING = "_modelqueue_loading"
+
+#: Key in an instance's __dict__ for a `Watcher`.
+WATCHER = "_modelqueue_watcher"
+
+
+class Watcher(Protocol):
+    """Who wants to know what is loaded into an instance and saved from it while an action runs."""
+
+    def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
+        """`refresh_from_db` has set values; `before` is the instance's __dict__ as it was."""
+
+    def saved(self, instance: models.Model, update_fields: Collection[str] | None) -> None:
+        """`save` has written the named fields, or all."""
+
+
+def _record(instance: models.Model) -> dict[str, str]:
+    """Return the record of an instance, by attname.
+
+    "assigned": to be written; "saving": being written; "saved": written by this instance, and not
+    loaded or assigned since. What was loaded has no entry.
+    """
+    record: dict[str, str] = instance.__dict__.get(_RECORD, {})
+    return record
+
+
+def _note(instance: models.Model, attname: str, entry: str | None) -> None:
+    """Set (or, with None, remove) an entry; on a copy, as copy.copy(instance) shares the dict."""
+    record = {name: value for name, value in _record(instance).items() if name != attname}
+    if entry is not None:
+        record[attname] = entry
+    instance.__dict__[_RECORD] = record
+
+
+class StatusAttribute(DeferredAttribute):
+    """The attribute of a `StatusField`: turns an int into `Status` and notes what was assigned."""
+
+    def __set__(self, instance: models.Model, value: Any) -> None:
+        data = instance.__dict__
+        name = self.field.attname
+        was_loaded = data.get(_LOADING, False)
+        if not was_loaded and name in data and value is data[name]:
+            # full_clean() and forms assign what they have just read; that is nobody's decision.
+            return
+        if isinstance(value, int) and not isinstance(value, bool):
+            # Always an object of our own, lest a constant that is assigned twice looks unchanged.
+            value = Status(value)
+        data[name] = value
+        if was_loaded:
+            _note(instance, name, None)
+        elif not instance._state.adding:
+            _note(instance, name, "assigned")
+
+    def fetch_many(self, instances: Sequence[models.Model]) -> None:
+        """Load a deferred status for several instances (Django 6.1: ``FETCH_PEERS``)."""
+        missing = [instance for instance in instances if self.field.attname not in instance.__dict__]
+        super().fetch_many(instances)  # type: ignore[misc]
+        for instance in missing:
+            _note(instance, self.field.attname, None)
+
+
+class _AsStored:
+    """SQL for "what the row holds", for a status that save() must leave alone.
+
+    F() says the same, but Django 6 reads an F() back after save(), or defers the field.
+    """
+
+    def __init__(self, field: StatusField) -> None:
+        self.field = field
+
+    def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> tuple[str, list[Any]]:
+        return connection.ops.quote_name(self.field.column), []
+
+
+def set_loaded(instance: models.Model, field: models.Field[Any, Any], status: Status | None) -> None:
+    """Set a status, on any integer field, as if the instance had been loaded with it just now."""
+    instance.__dict__[field.attname] = status
+    _note(instance, field.attname, None)
+
+
+def is_assigned(instance: models.Model, field: models.Field[Any, Any]) -> bool:
+    """Say whether code assigned the status since it was loaded or set by `set_loaded`, saved or not."""
+    return field.attname in _record(instance)
+
+
+def is_saved(instance: models.Model, field: models.Field[Any, Any]) -> bool:
+    """Say whether the status was assigned and then written by the instance's own `save`."""
+    return _record(instance).get(field.attname) == "saved"
+
+
+# Django has no signal for a refresh, and post_save does not tell a save() that failed from one that
+# was never tried, so two methods of the model are wrapped.
+
+
+def _loads(method: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `refresh_from_db`: what it sets was loaded, not assigned."""
+
+    @functools.wraps(method)
+    def refresh_from_db(self: models.Model, *args: Any, **kwargs: Any) -> None:
+        watcher: Watcher | None = self.__dict__.get(WATCHER)
+        before = dict(self.__dict__) if watcher else {}
+        self.__dict__[_LOADING] = True
+        try:
+            method(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(_LOADING, None)
+        if watcher:
+            watcher.loaded(self, before)
+
+    return refresh_from_db
+
+
+def _saves(method: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `save_base`: a status that was written counts as loaded, after a failure as assigned still."""
+
+    @functools.wraps(method)
+    def save_base(self: models.Model, *args: Any, **kwargs: Any) -> None:
+        saved = False
+        try:
+            method(self, *args, **kwargs)
+            saved = True
+        finally:
+            for name, entry in _record(self).items():
+                if entry == "saving":
+                    _note(self, name, "saved" if saved else "assigned")
+        watcher: Watcher | None = self.__dict__.get(WATCHER)
+        if watcher:
+            watcher.saved(self, kwargs.get("update_fields"))
+
+    save_base._modelqueue = True  # type: ignore[attr-defined]
+    return save_base
+
+
+class ErrorField(_TextField):
+    """A TextField for the last failure of a task; empty after a success.
+
+    Name it as ``error_field`` of `modelqueue.run`. Its first line is ``module.Class: message``, then
+    comes the traceback, shortened to 10,000 characters. A recovery writes its reason. Not editable
+    in forms; show it in the admin through ``readonly_fields``. To migrations it is a TextField.
+    """
+
+    def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
+        super().__init__(verbose_name, name, **{"blank": True, "default": "", "editable": False, **options})
+
+    def deconstruct(self) -> tuple[str, str, Sequence[Any], dict[str, Any]]:
+        name, _, args, options = super().deconstruct()
+        return name, "django.db.models.TextField", args, options
+
+    def clone(self) -> ErrorField:
+        _, _, args, options = self.deconstruct()
+        stated = {"blank": self.blank, "default": self.default, "editable": self.editable}
+        return type(self)(*args, **{**stated, **options})
