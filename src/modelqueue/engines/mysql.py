@@ -1,0 +1,42 @@
+"""MySQL and MariaDB: which errors mean "try again", and READ COMMITTED for our transactions."""
+
+from __future__ import annotations
+
+from django.db import transaction
+from django.db.utils import Error
+
+from modelqueue.engines.base import Engine
+
+_TRY_AGAIN = {
+    1020,  # ER_CHECKREAD: record has changed since last read (MariaDB, snapshot isolation)
+    1205,  # ER_LOCK_WAIT_TIMEOUT
+    1213,  # ER_LOCK_DEADLOCK, which is also how a Galera node says that another node won
+}
+
+
+class MySQLEngine(Engine):
+    def is_try_again(self, error: Error) -> bool:
+        return bool(error.args) and error.args[0] in _TRY_AGAIN
+
+    def transaction(self) -> transaction.Atomic:
+        # Under REPEATABLE READ a locking read takes gap locks, which block inserts of waiting rows
+        # until our commit. Django's default is READ COMMITTED, but OPTIONS may say otherwise.
+        connection = self.connection
+        connection.ensure_connection()
+        if connection.isolation_level != "read committed" and not connection.in_atomic_block:
+            with connection.cursor() as cursor:
+                cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
+        return super().transaction()
+
+    def _roll_back_open_transaction(self) -> bool:
+        # The driver does not tell; MariaDB does when asked. On MySQL a ROLLBACK that was not needed
+        # is harmless.
+        was_open = False
+        if self.connection.mysql_is_mariadb:
+            with self.connection.cursor() as cursor:
+                cursor.execute("SELECT @@in_transaction")
+                was_open = bool(cursor.fetchone()[0])
+            if not was_open:
+                return False
+        self.connection.connection.rollback()
+        return was_open

@@ -1,0 +1,181 @@
+"""A source of tasks: a queryset and its status field, checked once and resolved to tables.
+
+Everything that a claim must know is found out here, before anything is written: which model's table
+holds the status column (a parent's, where the field is inherited), which database, and whether the
+queryset is of a kind from which rows can be claimed.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar, Union
+
+from django.core.exceptions import FieldDoesNotExist
+from django.db import models, router
+from django.db.models.query import ModelIterable
+
+from modelqueue.status import State, Status
+
+__all__ = ["Source", "Tasks"]
+
+M = TypeVar("M", bound=models.Model)
+Tasks = Union["models.QuerySet[M]", "models.Manager[M]"]
+
+_CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Source(Generic[M]):
+    """Where tasks come from and where their outcomes go. Made by `Source.of`, which checks its arguments."""
+
+    queryset: models.QuerySet[M]
+    """The caller's rows on the database `using`, unordered, unlocked."""
+    field: models.Field[Any, Any]
+    using: str
+    error_field: models.Field[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, queryset: Tasks[M], field: str, error_field: str | None = None) -> Source[M]:
+        """Check a queryset (or manager) and the names of its status field and error field.
+
+        Raises:
+            TypeError, ValueError: what can not be a source of tasks, and what to do about it.
+        """
+        if not isinstance(queryset, (models.QuerySet, models.Manager)):
+            raise TypeError(
+                f"Tasks come from a QuerySet or a Manager, not from {queryset!r}. "
+                "Give for example Task.objects.all()."
+            )
+        rows = queryset.all()
+        _check_claimable(rows)
+        rows = on_write_database(rows).order_by()
+        rows.query.select_for_update = False
+        if not rows.query.standard_ordering:
+            rows = rows.reverse()  # undoes the caller's reverse(), which outlives order_by()
+        error = None if error_field is None else _error_field(rows.model, error_field)
+        return cls(rows, status_field(rows.model, field), rows.db, error)
+
+    @property
+    def model(self) -> type[M]:
+        return self.queryset.model
+
+    @property
+    def owner(self) -> type[models.Model]:
+        """The model whose own table has the status column; a parent where the field is inherited."""
+        return _owner(self.field)
+
+    @property
+    def owner_key(self) -> str:
+        """The query name of the owner's primary key, seen from `model`."""
+        return _owner_key(self.model, self.field)
+
+    def owner_rows(self) -> models.QuerySet[Any]:
+        """All rows of the owner's table, whatever its managers filter."""
+        return models.QuerySet(self.owner, using=self.using).order_by()
+
+    def rows(self) -> models.QuerySet[M]:
+        """All rows of the model, whatever its managers filter."""
+        return models.QuerySet(self.model, using=self.using)
+
+    def due(self, now: dt.datetime) -> models.QuerySet[M]:
+        """The waiting rows whose priority has come, the first to run first."""
+        last = Status.waiting(now, Status.max_attempts)
+        return self._between(Status.minimum(State.waiting), last)
+
+    def expired(self, cutoff: dt.datetime) -> models.QuerySet[M]:
+        """The working rows whose last claim or renewal was at `cutoff` or before."""
+        last = Status.working(cutoff, Status.max_attempts)
+        return self._between(Status.minimum(State.working), last)
+
+    def _between(self, first: int, last: int) -> models.QuerySet[M]:
+        name = self.field.name
+        return self.queryset.filter(**{f"{name}__gte": first, f"{name}__lte": int(last)}).order_by(name, "pk")
+
+
+def on_write_database(rows: models.QuerySet[M]) -> models.QuerySet[M]:
+    """Return the same rows on the alias they name with ``using()``, else on the one to write them to."""
+    return rows.using(rows._db or router.db_for_write(rows.model, **rows._hints))
+
+
+def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Iterator[models.QuerySet[Any]]:
+    """Yield the rows of any queryset as querysets of the one table that has the status column.
+
+    A condition on that column, filtered on top of one, is then asked by the UPDATE itself. Of a
+    queryset with joins Django would ask it in a subquery, whose answer may be old by the time the
+    UPDATE has waited for a row.
+    """
+    owner, query = _owner(field), rows.query
+    plain = not (query.is_sliced or query.combinator or query.distinct or query.group_by)
+    if plain and owner is rows.model._meta.concrete_model and query.count_active_tables() <= 1:
+        yield rows.order_by()
+        return
+    # All keys first: rows that the caller changes must not come up again further down in an open cursor.
+    keys = iter(list(rows.values_list(_owner_key(rows.model, field), flat=True)))
+    while chunk := list(islice(keys, _CHUNK)):
+        yield models.QuerySet(owner, using=rows.db).filter(pk__in=chunk).order_by()
+
+
+def _owner(field: models.Field[Any, Any]) -> type[models.Model]:
+    owner: type[models.Model] = field.model
+    return owner._meta.concrete_model or owner
+
+
+def _owner_key(model: type[models.Model], field: models.Field[Any, Any]) -> str:
+    owner = _owner(field)
+    return "pk" if owner is model._meta.concrete_model else owner._meta.pk.name
+
+
+def status_field(model: type[models.Model], name: str) -> models.Field[Any, Any]:
+    """Return the field of a model that holds statuses.
+
+    Raises:
+        ValueError: the model has no such field.
+        TypeError: `name` is no str, or the field is no `StatusField` or other BigIntegerField.
+    """
+    return _field_of_type(model, name, models.BigIntegerField, "a modelqueue.StatusField")
+
+
+def _error_field(model: type[models.Model], name: str) -> models.Field[Any, Any]:
+    """Return the field of a model that takes the text of a failure; raises as `status_field`."""
+    return _field_of_type(model, name, models.TextField, "a modelqueue.ErrorField")
+
+
+def _field_of_type(
+    model: type[models.Model], name: str, kind: type[models.Field[Any, Any]], wanted: str
+) -> models.Field[Any, Any]:
+    if not isinstance(name, str):
+        raise TypeError(f"A field is given by its name, a str, not by {name!r}.")
+    candidates = sorted(field.name for field in model._meta.concrete_fields if isinstance(field, kind))
+    has = f"{model.__name__} has " + (f"the fields {', '.join(candidates)}." if candidates else "none: add one.")
+    try:
+        field = model._meta.get_field(name)
+    except FieldDoesNotExist:
+        raise ValueError(
+            f"{model.__name__} has no field {name!r}, which should be {wanted}. Of that kind {has}"
+        ) from None
+    if not isinstance(field, kind):
+        raise TypeError(f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. Of that kind {has}")
+    return field
+
+
+def _check_claimable(rows: models.QuerySet[Any]) -> None:
+    query = rows.query
+    if query.combinator:
+        what, why = f"a {query.combinator}", "its rows can not be locked"
+    elif query.is_sliced:
+        what, why = "a slice", "a claim takes the first rows itself"
+    elif query.distinct:
+        what, why = "distinct()", "its rows can not be locked, and no task is claimed twice anyhow"
+    elif not issubclass(rows._iterable_class, ModelIterable):
+        what, why = "values() or values_list()", "an action gets instances"
+    elif query.group_by is not None:
+        what, why = "an aggregate", "its rows can not be locked"
+    else:
+        return
+    raise ValueError(
+        f"Tasks of {rows.model.__name__} can not be claimed from a queryset with {what}: {why}. "
+        "Select the rows with filter(), for example filter(pk__in=...)."
+    )
