@@ -1,0 +1,164 @@
+"""What an action changed on its instance, found by comparing it with a copy from the claim.
+
+Only that is written back. Everything else of the row belongs to whoever edited it meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from django.db import models, router
+from django.db.models.fields.files import FieldFile
+from django.db.models.signals import post_save, pre_save
+
+from modelqueue.fields import WATCHER, StatusField
+
+__all__ = ["Snapshot", "is_saved_by_plain_update", "save_merged"]
+
+Fields = list["models.Field[Any, Any]"]
+
+_UNREAD = object()  # the value of a deferred field
+
+
+class Snapshot:
+    """The values of an instance when it was claimed, deep enough to see a change inside a JSON value.
+
+    Watches the instance until `close`: what `refresh_from_db` (or the access to a deferred field)
+    loads from then on is no change, and what the action saves itself is written already.
+    """
+
+    def __init__(self, instance: models.Model) -> None:
+        self._instance = instance
+        self._values: dict[str, Any] = {}
+        self._take(_loaded_fields(instance))
+        instance.__dict__[WATCHER] = self
+
+    def close(self) -> None:
+        self._instance.__dict__.pop(WATCHER, None)
+
+    def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
+        if instance is self._instance:  # and no copy.copy() that the action made
+            now = instance.__dict__
+            self._take(
+                [f for f in _loaded_fields(instance) if before.get(f.attname, _UNREAD) is not now[f.attname]]
+            )
+
+    def saved(self, instance: models.Model, update_fields: Collection[str] | None) -> None:
+        if instance is self._instance:
+            fields = _loaded_fields(instance)
+            if update_fields is not None:
+                fields = [f for f in fields if f.name in update_fields or f.attname in update_fields]
+            self._take(fields)
+
+    def _take(self, fields: Fields) -> None:
+        for field in fields:
+            self._values[field.attname] = _copied(self._instance.__dict__[field.attname])
+
+    def changed(self, but: models.Field[Any, Any]) -> Fields:
+        """Return the fields that the action changed; `but`, the status field, left out.
+
+        Raises:
+            ValueError: the primary key was changed, so there is no row to write to.
+        """
+        instance = self._instance
+        _fetch_keys_of_related(instance)
+        changed = []
+        for field in _loaded_fields(instance):
+            value = instance.__dict__[field.attname]
+            if field is but or not _differs(self._values.get(field.attname, _UNREAD), value):
+                continue
+            if field.primary_key:
+                raise ValueError(
+                    "The action changed the primary key of its task from "
+                    f"{self._values[field.attname]!r} to {value!r}. Create another row instead."
+                )
+            changed.append(field)
+        return changed
+
+
+def save_merged(instance: models.Model, changed: Fields, status: models.Field[Any, Any], using: str) -> None:
+    """Save an instance in full, with the row's newest values under the changed ones.
+
+    Called within the transaction in which the row's status was written, so the row is locked and can
+    not have been deleted. A full `save()`, so that overrides, signals and ``auto_now`` work.
+    """
+    keep = {field.attname for field in changed} | {status.attname}
+    fresh = [
+        field.attname
+        for field in _loaded_fields(instance)
+        if field.attname not in keep and not field.primary_key
+    ]
+    if fresh:
+        instance.refresh_from_db(using=using, fields=fresh)
+    if router.db_for_write(type(instance), instance=instance) == using:
+        instance.save()  # a save() of the user's own may take no argument
+    else:
+        instance.save(using=using)
+    computed = [field.attname for field in changed if _is_expression(instance.__dict__.get(field.attname))]
+    if computed:
+        # An F("count") + 1 that stays on the instance would be applied again by the next save().
+        instance.refresh_from_db(using=using, fields=computed)
+
+
+def is_saved_by_plain_update(model: type[models.Model]) -> bool:
+    """True if nobody can tell an UPDATE of the status alone from a `save()` that changes nothing else.
+
+    That is, the model has no `save` of its own, no field that computes a value whenever it is
+    saved (``auto_now``), and nobody listens to `pre_save` or `post_save`.
+    """
+    if model.save is not models.Model.save or pre_save.has_listeners(model) or post_save.has_listeners(model):
+        return False
+    return not any(_computes_on_save(field) for field in model._meta.concrete_fields)
+
+
+def _computes_on_save(field: models.Field[Any, Any]) -> bool:
+    if isinstance(field, (models.DateField, models.TimeField)):
+        return bool(field.auto_now)
+    if isinstance(field, (StatusField, models.FileField)):
+        return False
+    return type(field).pre_save is not models.Field.pre_save
+
+
+def _loaded_fields(instance: models.Model) -> Fields:
+    return [
+        field
+        for field in instance._meta.concrete_fields
+        if field.attname in instance.__dict__ and not getattr(field, "generated", False)
+    ]
+
+
+def _fetch_keys_of_related(instance: models.Model) -> None:
+    """Take over the key of a related object that was saved after it had been assigned, as save() does."""
+    for field in instance._meta.concrete_fields:
+        if field.is_relation and field.is_cached(instance):
+            related = field.get_cached_value(instance)
+            if related is not None and instance.__dict__.get(field.attname) is None:
+                setattr(instance, field.name, related)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, FieldFile):
+        return value.name  # its deep copy would copy the whole instance
+    if _is_expression(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what can not be copied (an open file, a lock) is compared by identity
+        return value
+
+
+def _differs(before: Any, after: Any) -> bool:
+    if isinstance(after, FieldFile):
+        return before != after.name or not after._committed
+    if type(before) is not type(after) or _is_expression(after):
+        return before is not after
+    try:
+        return bool(before != after)
+    except Exception:  # arrays, for example, do not compare to one bool; writing too much is safe
+        return True
+
+
+def _is_expression(value: Any) -> bool:
+    return hasattr(value, "resolve_expression")

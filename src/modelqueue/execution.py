@@ -1,0 +1,342 @@
+"""One task from its claim to its recorded outcome: `run`.
+
+An attempt is a pipeline: claim, act, decide, record, tell. What is decided is in
+`modelqueue.outcomes`, how rows are moved in `modelqueue.engines`, what is written besides the status
+in `modelqueue.changes`. This module puts them in order, and makes two promises:
+
+* whatever the action does, the outcome is recorded under its lease or not at all;
+* whatever goes wrong with a row, the row does not stay working because of it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from django.db import DatabaseError, models, transaction
+from django.db.transaction import TransactionManagementError
+from django.db.utils import Error
+from django.dispatch import Signal
+
+from modelqueue import signals, verbs
+from modelqueue.backoff import Delay
+from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
+from modelqueue.clock import now
+from modelqueue.engines import Claim, engine_for
+from modelqueue.fields import StatusField, is_assigned, is_saved, set_loaded
+from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
+from modelqueue.source import Source
+from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_datetime
+
+__all__ = ["run"]
+
+M = TypeVar("M", bound=models.Model)
+
+#: Seconds after which `run` recovers again although there are tasks to run.
+_RECOVERY_INTERVAL = 1.0
+_last_recovery: dict[tuple[Any, ...], float] = {}
+
+#: How far ahead a time is that `run` waits for, having written it itself; and the seconds it waits.
+_SOON = dt.timedelta(milliseconds=5)
+_TICK = 0.005
+
+
+def run(
+    queryset: models.QuerySet[M] | models.Manager[M],
+    field: str,
+    action: Callable[[M], object],
+    retry: int | None = 3,
+    timeout: dt.timedelta = ONE_HOUR,
+    delay: Delay = ZERO_SECS,
+    *,
+    error_field: str | None = None,
+) -> M | None:
+    """Run `action` on the next due task of a queue, and record what came of it.
+
+    The next due task is the waiting row of `queryset` with the lowest priority whose time has come.
+    It is claimed (working) and committed before the action starts, so it is safe to run this in any
+    number of processes and threads.
+
+    Args:
+        queryset: the tasks: any queryset of rows, with filters, joins, ``select_related`` and
+            ``only``, or a manager. Its ordering is replaced by that of the queue. Without ``using()``
+            the database is the one that the router names for writing.
+        field: the name of the `StatusField` (or other BigIntegerField).
+        action: gets the task. When it returns, the task is finished; what it changed on the task
+            is saved. It may raise `Retry`, `Abort` or `Cancel`, or assign the field itself.
+        retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
+        timeout: how long an attempt may take. After that its worker counts as dead, and any call
+            of `run` with this queryset takes the task back, as a failed attempt.
+        delay: how long a task waits after a failed attempt: a timedelta, or a callable
+            (attempts) -> timedelta, see `modelqueue.backoff`.
+        error_field: the name of an `ErrorField` that takes the text of a failure.
+
+    Returns:
+        The task, with the status that was recorded, or None when nothing is due.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind; nothing was claimed.
+        BaseException: what the action raised, `Retry`, `Abort` and `Cancel` excepted, or why its
+            changes could not be saved, after the failed attempt was recorded.
+        django.db.Error: the database did not answer, or said "try again" for 30 s. If that happens
+            after the claim, the task is recovered when its timeout is over.
+    """
+    source = Source.of(queryset, field, error_field)
+    policy = Policy.of(retry, timeout, delay)
+    _check_action(action)
+    claim = _next_claim(source, policy)
+    if claim is None:
+        return None
+    return _Attempt(source, policy, claim).run(action)
+
+
+def _check_action(action: object) -> None:
+    if not callable(action):
+        raise TypeError(f"The action is a callable that gets the task, not {action!r}.")
+    function = action.func if isinstance(action, functools.partial) else action
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise TypeError(
+            f"run() can not await the action {action!r}, which is an async function. "
+            "Wrap it: asgiref.sync.async_to_sync(action)."
+        )
+
+
+def _next_claim(source: Source[M], policy: Policy) -> Claim[M] | None:
+    """Claim the next task; recover those of dead workers when there is nothing else to do, or each second."""
+    key = _recovery_key(source)
+    has_recovered = time.monotonic() - _last_recovery.get(key, -_RECOVERY_INTERVAL) >= _RECOVERY_INTERVAL
+    if has_recovered:
+        _recover(source, policy, key)
+    claims = verbs.claim(source)
+    if not claims and not has_recovered and _recover(source, policy, key):
+        claims = verbs.claim(source)
+    return claims[0] if claims else None
+
+
+def _recover(source: Source[Any], policy: Policy, key: tuple[Any, ...]) -> int:
+    count = verbs.recover(source, policy)
+    if len(_last_recovery) > 1000:  # querysets whose filters change with every call
+        _last_recovery.clear()
+    _last_recovery[key] = time.monotonic()
+    return count
+
+
+def _recovery_key(source: Source[Any]) -> tuple[Any, ...]:
+    # With the filter: of two queues on one field, a busy one must not use up the turns of the other.
+    where = source.queryset.query.where
+    try:
+        rows = hash(where)
+    except TypeError:  # a value in the filter is unhashable
+        rows = hash(str(where))
+    return source.using, source.owner, source.field.attname, rows
+
+
+class _Attempt(Generic[M]):
+    """A claimed task and what becomes of it: the steps of `run`, in the order in which they are taken."""
+
+    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
+        self.source = source
+        self.policy = policy
+        self.claim = claim
+        self.task = claim.task
+        self.engine = engine_for(source.using)
+        self.snapshot: Snapshot | None = None
+        self.held: Status | None = claim.lease
+        """What stands in the row as long as the task is ours."""
+
+    def run(self, action: Callable[[M], object]) -> M | None:
+        error = self.claim.error if self.task is None else self.act(action, self.task)
+        outcome = self.record(self.decide(error))
+        self.let_its_time_come(outcome)
+        if outcome.raised is not None:
+            raise outcome.raised
+        return self.task
+
+    # Act
+
+    def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
+        """Call the action; return what it raised, or None."""
+        try:
+            self.snapshot = Snapshot(task)
+            self.tell(signals.task_claimed, status=self.claim.lease)
+            if self.is_inside_transaction():
+                return self.call_in_savepoint(action, task)
+            error = _call(action, task)
+            if self.engine.restore_connection() and error is None:
+                return TransactionManagementError(
+                    "The action returned in the middle of a transaction, which was rolled back. "
+                    "Leave every transaction that an action begins, with atomic() or COMMIT."
+                )
+            return error
+        except BaseException as error:  # Ctrl-C between the steps, for example
+            return error
+        finally:
+            if self.snapshot is not None:
+                self.snapshot.close()
+
+    def is_inside_transaction(self) -> bool:
+        connection = self.engine.connection
+        return connection.in_atomic_block or not connection.get_autocommit()
+
+    def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
+        """Call the action so that an error of the database leaves the caller's transaction usable.
+
+        The savepoint is rolled back only if it must be. Otherwise what the action wrote stays, as it
+        does without an outer transaction.
+        """
+        using, connection = self.source.using, self.engine.connection
+        savepoint = transaction.savepoint(using)
+        error = _call(action, task)
+        if not connection.needs_rollback:
+            try:
+                transaction.savepoint_commit(savepoint, using)
+                return error
+            except DatabaseError as aborted:
+                error = error or aborted
+        transaction.savepoint_rollback(savepoint, using)
+        connection.needs_rollback = False
+        return error or TransactionManagementError("The action asked for a rollback of its transaction.")
+
+    # Decide
+
+    def decide(self, error: BaseException | None) -> Outcome:
+        task, field = self.task, self.source.field
+        if error is None and task is not None and self.is_assigned_by_action(task):
+            value = task.__dict__[field.attname]
+            try:
+                outcome = assigned(value, field.null)
+            except (TypeError, ValueError) as wrong_status:
+                error = wrong_status
+            else:
+                if is_saved(task, field):  # by a save() of the action's own
+                    self.held = outcome.status
+                return outcome
+        return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
+
+    def is_assigned_by_action(self, task: M) -> bool:
+        field = self.source.field
+        if isinstance(field, StatusField):
+            return is_assigned(task, field)
+        return bool(task.__dict__.get(field.attname, self.claim.lease) != self.claim.lease)
+
+    # Record
+
+    def record(self, outcome: Outcome) -> Outcome:
+        """Write the outcome under the lease, and what the action changed; return what was written.
+
+        If the changes can not be saved, the attempt has failed, and that is recorded without them.
+        """
+        self.keep_leases_unique(outcome)
+        try:
+            is_written = self.write(outcome, self.snapshot)
+        except BaseException as error:
+            if self.snapshot is None or isinstance(error, Error) and self.engine.is_try_again(error):
+                raise
+            outcome = failed(self.claim.lease, error, self.policy, now())
+            is_written = self.write(outcome, None)
+        self.conclude(outcome, is_written)
+        return outcome
+
+    def write(self, outcome: Outcome, snapshot: Snapshot | None) -> bool:
+        """Write an outcome if the task is still ours; return whether it was.
+
+        Can be repeated: once written, it finds that the task is not ours any more.
+        """
+        changed = [] if snapshot is None else snapshot.changed(but=self.source.field)
+        if snapshot is None or not changed and is_saved_by_plain_update(self.source.model):
+            write = functools.partial(self.write_status, outcome)
+        else:
+            write = functools.partial(self.write_task, outcome, changed)
+        return self.engine.patiently(write, reconnect=True)
+
+    def write_status(self, outcome: Outcome) -> bool:
+        note, column = outcome.note, self.source.error_field
+        if column is not None and self.task is not None and note is not None:
+            if note == self.task.__dict__.get(column.attname):
+                note = None
+            else:
+                setattr(self.task, column.attname, note)
+        return self.engine.compare_and_set(self.source, self.claim.row, self.held, outcome.status, note)
+
+    def write_task(self, outcome: Outcome, changed: list[models.Field[Any, Any]]) -> bool:
+        source, task, column = self.source, self.task, self.source.error_field
+        with self.engine.transaction():
+            if not self.engine.compare_and_set(source, self.claim.row, self.held, outcome.status):
+                return False
+            set_loaded(task, source.field, outcome.status)
+            if column is not None and outcome.note is not None:
+                setattr(task, column.attname, outcome.note)
+                changed = [*changed, column]
+            save_merged(task, changed, source.field, source.using)
+        return True
+
+    def conclude(self, outcome: Outcome, is_written: bool) -> None:
+        """Make the instance show what the row holds, and tell who listens."""
+        task, exists, stored = self.task, True, outcome.status
+        if not is_written:
+            exists, stored = self.engine.patiently(
+                lambda: self.engine.read(self.source, self.claim.row), reconnect=True
+            )
+            is_written = (
+                (exists and stored == outcome.status)  # the answer to our write was lost
+                or self.held != self.claim.lease  # written by the action, and by others after it
+                or (task is not None and task.pk is None)  # deleted by the action
+            )
+        if task is not None and exists:
+            set_loaded(task, self.source.field, stored)
+        ended = {"outcome": outcome.ending, "error": outcome.error}
+        if is_written:
+            self.tell(signals.task_finished, status=outcome.status, **ended)
+        else:
+            self.tell(signals.lease_lost, lease=self.claim.lease, status=stored, **ended)
+
+    # Time
+
+    def keep_leases_unique(self, outcome: Outcome) -> None:
+        """Wait, a millisecond at most, before a task goes back with an older time than its lease.
+
+        Its next claim stamps the time of then, so that it can not come out as the same lease.
+        """
+        if outcome.status is not None and outcome.status.priority < self.claim.lease.priority:
+            _wait_until(self.claim.lease.priority)
+
+    def let_its_time_come(self, outcome: Outcome) -> None:
+        """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
+        if outcome.status is not None and outcome.status.state == State.waiting:
+            _wait_until(outcome.status.priority)
+        if not self.is_inside_transaction():
+            self.engine.give_way()
+
+    def tell(self, signal: Signal, **arguments: Any) -> None:
+        signals.send(
+            signal,
+            self.source.model,
+            pk=self.claim.row.pk,
+            field=self.source.field.name,
+            using=self.source.using,
+            task=self.task,
+            **arguments,
+        )
+
+
+def _call(action: Callable[[M], object], task: M) -> BaseException | None:
+    try:
+        result = action(task)
+    except BaseException as error:
+        return error
+    if inspect.iscoroutine(result):
+        result.close()
+        return TypeError(f"The action {action!r} returned a coroutine, which run() can not await.")
+    return None
+
+
+def _wait_until(priority: int) -> None:
+    """Wait for the time that a priority spells if it is about to come, and not for any other."""
+    moment = priority_to_datetime(priority)
+    deadline = time.monotonic() + _TICK
+    while moment is not None and ZERO_SECS < moment - now() < _SOON and time.monotonic() < deadline:
+        time.sleep(0.0001)

@@ -1,0 +1,234 @@
+"""What becomes of a task: pure decisions, from how its attempt ended to the status to record.
+
+No database and no clock of its own; what is decided here is written by `modelqueue.execution` (an
+attempt) and `modelqueue.verbs` (a recovery). The table of all outcomes stands in the documentation,
+"The outcomes of an attempt".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import traceback
+from dataclasses import dataclass
+from typing import Literal
+
+from modelqueue.backoff import Delay
+from modelqueue.exceptions import Abort, Cancel, LeaseExpired, Retry
+from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, shifted
+
+__all__ = ["Ending", "Outcome", "Policy", "assigned", "decide", "error_text", "failed", "recovered"]
+
+Ending = Literal["finish", "assign", "retry", "abort", "cancel", "fail", "release"]
+"""How an attempt ended: the action returned (``finish``), or assigned the status itself (``assign``);
+it raised `Retry`, `Abort`, `Cancel`, or anything else (``fail``); or it was canceled from outside and
+the task is given back uncharged (``release``)."""
+
+ERROR_LIMIT = 10_000
+MOST_RETRIES = Status.max_attempts - 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How attempts of one queue are counted and timed. Made by `Policy.of`, which checks it."""
+
+    retry: int | None = 3
+    timeout: dt.timedelta = ONE_HOUR
+    delay: Delay = ZERO_SECS
+
+    @classmethod
+    def of(cls, retry: int | None, timeout: dt.timedelta, delay: Delay) -> Policy:
+        """Check the options of `modelqueue.run`.
+
+        Raises:
+            TypeError, ValueError: an option of the wrong kind or out of range.
+        """
+        if retry is not None:
+            if isinstance(retry, bool) or not isinstance(retry, int):
+                raise TypeError(f"retry is an int from 0 to {MOST_RETRIES}, or None for no limit, not {retry!r}.")
+            if not 0 <= retry <= MOST_RETRIES:
+                raise ValueError(
+                    f"retry={retry} is out of range, as attempts are stored in one digit. "
+                    f"Use 0 to {MOST_RETRIES}, or None for no limit."
+                )
+        _check_duration("timeout", timeout)
+        if not callable(delay):
+            _check_duration("delay", delay)
+        return cls(retry, timeout, delay)
+
+    def cutoff(self, now: dt.datetime) -> dt.datetime | None:
+        """Return the time at or before which a claim has expired; None: no claim can have."""
+        try:
+            return now - self.timeout
+        except OverflowError:
+            return None
+
+    def is_last(self, attempts: int) -> bool:
+        """True if a task that was tried so often is out of attempts."""
+        return self.retry is not None and attempts > self.retry
+
+    def wait(self, attempts: int, delay: Delay | None = None) -> dt.timedelta:
+        """Return how long to wait before the next attempt.
+
+        Args:
+            attempts: how many there were, the one that just ended included if it is charged.
+            delay: what `Retry` or `Abort` asks for; None takes the delay of the policy.
+
+        Raises:
+            TypeError, ValueError: the delay is, or its callable returned, no wait. Anything that
+            the callable raises.
+        """
+        chosen = self.delay if delay is None else delay
+        if callable(chosen):
+            chosen = chosen(min(attempts, Status.max_attempts))
+        _check_duration("delay", chosen)
+        return chosen
+
+
+def _check_duration(name: str, value: object) -> None:
+    if not isinstance(value, dt.timedelta):
+        raise TypeError(
+            f"{name} is a datetime.timedelta"
+            + (" or a callable (attempts) -> timedelta" if name == "delay" else "")
+            + f", not {value!r}. Give for example datetime.timedelta(seconds=30)."
+        )
+    if value < ZERO_SECS:
+        raise ValueError(f"{name}={value} is negative. Give a timedelta of zero or more.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended and what is to be recorded."""
+
+    ending: Ending
+    status: Status | None
+    """The status to record; None takes the row out of the queue."""
+    error: BaseException | None = None
+
+    @property
+    def raised(self) -> BaseException | None:
+        """What goes on to the caller of `run` once the outcome is recorded."""
+        return self.error if self.ending in ("fail", "release") else None
+
+    @property
+    def note(self) -> str | None:
+        """The text for the `ErrorField`; empty after a success, None to leave it as it is."""
+        if self.error is None:
+            return ""
+        return error_text(self.error) if self.ending in ("fail", "abort", "cancel") else None
+
+
+def decide(
+    lease: Status, before: Status, error: BaseException | None, policy: Policy, now: dt.datetime
+) -> Outcome:
+    """Decide on an attempt.
+
+    Args:
+        lease: the working status of the claim.
+        before: the waiting status that the claim replaced.
+        error: what the action raised, or None.
+    """
+    if error is None:
+        return Outcome("finish", _ended(State.finished, lease, now))
+    if isinstance(error, asyncio.CancelledError):
+        return Outcome("release", before, error)
+    if isinstance(error, Cancel):
+        return Outcome("cancel", _ended(State.canceled, lease, now), error)
+    try:
+        if isinstance(error, Retry):
+            wait = policy.wait(lease.attempts, error.delay)
+            return Outcome("retry", _waiting(lease, lease.attempts, wait, now), error)
+        if isinstance(error, Abort):
+            return Outcome("abort", _charged(lease, policy, now, error.delay), error)
+    except Exception as wrong_delay:
+        wrong_delay.__cause__ = error
+        error = wrong_delay
+    return failed(lease, error, policy, now)
+
+
+def failed(lease: Status, error: BaseException, policy: Policy, now: dt.datetime) -> Outcome:
+    """Return the outcome of an attempt that ended with an error, whatever its class."""
+    try:
+        return Outcome("fail", _charged(lease, policy, now), error)
+    except Exception as wrong_delay:
+        wrong_delay.__cause__ = error
+        return Outcome("fail", _waiting(lease, lease.attempts + 1, ZERO_SECS, now), wrong_delay)
+
+
+def assigned(value: object, nullable: bool) -> Outcome:
+    """Return the outcome of an action that assigned the status of its own task.
+
+    Raises:
+        TypeError, ValueError: `value` is nothing that an action may leave its task with.
+    """
+    allowed = "Assign a status that is created, waiting, finished or canceled, such as Status.waiting()."
+    if value is None and nullable:
+        return Outcome("assign", None)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"The action assigned {value!r} as the status of its task. {allowed}")
+    status = Status(value)
+    if status.state not in (State.created, State.waiting, State.finished, State.canceled):
+        raise ValueError(f"The action assigned {status!r} ({status.state}) as the status of its task. {allowed}")
+    return Outcome("assign", status)
+
+
+def recovered(lease: Status, policy: Policy, now: dt.datetime) -> tuple[Status, str, Exception | None]:
+    """Decide on an expired task: the new status, the text for its `ErrorField`, and what went wrong.
+
+    A delay that can not be computed must not keep the task from its next attempt: it counts as
+    zero, and the error is returned to be logged.
+    """
+    attempts = lease.attempts + 1
+    reason = error_text(
+        LeaseExpired(
+            f"attempt {attempts} was not reported within {policy.timeout} of its claim; its worker was "
+            "killed or cut off, or the action takes longer than the timeout"
+        )
+    )
+    try:
+        return _charged(lease, policy, now), reason, None
+    except Exception as wrong_delay:
+        return _waiting(lease, attempts, ZERO_SECS, now), reason, wrong_delay
+
+
+def error_text(error: BaseException) -> str:
+    """Describe an exception for an `ErrorField`: ``module.Class: message``, then the traceback.
+
+    At most 10,000 characters, the middle left out, and nothing in it that a database refuses.
+    """
+    kind = type(error)
+    try:
+        message = str(error)
+    except Exception as unprintable:
+        message = f"<its message can not be shown: {type(unprintable).__name__}>"
+    text = f"{kind.__module__}.{kind.__qualname__}" + (f": {message}" if message else "")
+    if error.__traceback__ is not None:
+        text += "\n" + "".join(traceback.format_exception(kind, error, error.__traceback__)).rstrip()
+    if len(text) > ERROR_LIMIT:
+        left_out = "\n[...]\n"
+        head = ERROR_LIMIT // 4
+        text = text[:head] + left_out + text[-(ERROR_LIMIT - head - len(left_out)) :]
+    # PostgreSQL has no NUL in text, and no database has halves of a surrogate pair.
+    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def _charged(lease: Status, policy: Policy, now: dt.datetime, delay: Delay | None = None) -> Status:
+    attempts = lease.attempts + 1
+    if policy.is_last(attempts):
+        return _ended(State.canceled, lease, now)
+    return _waiting(lease, attempts, policy.wait(attempts, delay), now)
+
+
+def _ended(state: State, lease: Status, now: dt.datetime) -> Status:
+    return _stamped(state, lease, lease.attempts + 1, now)
+
+
+def _waiting(lease: Status, attempts: int, wait: dt.timedelta, now: dt.datetime) -> Status:
+    return _stamped(State.waiting, lease, attempts, shifted(now, wait))
+
+
+def _stamped(state: State, lease: Status, attempts: int, moment: dt.datetime) -> Status:
+    # Never below the time it replaces: a later claim then stamps a later one, so that no lease is
+    # ever the same number as an earlier one of the same row.
+    priority = max(datetime_to_int(moment), lease.priority)
+    return Status.combine(state, priority, min(attempts, Status.max_attempts))
