@@ -1,0 +1,131 @@
+"""Parts for a `ModelAdmin` of your own: actions that change statuses, and a filter by state.
+
+The actions compute in the database, in integers, so that every digit that an action does not name
+stays as it is. Rows that are in no queue (NULL) or hold a foreign number are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from django.contrib import admin, messages
+from django.db import transaction
+from django.db.models import F
+from django.utils.text import capfirst
+
+from modelqueue.clock import now
+from modelqueue.source import on_write_database, owner_rows, status_field
+from modelqueue.status import State, Status, datetime_to_int
+
+if TYPE_CHECKING:
+    from django.db.models import Model, QuerySet
+    from django.http import HttpRequest
+
+    Action = Callable[["admin.ModelAdmin[Any]", HttpRequest, "QuerySet[Any]"], None]
+    _SimpleListFilter = admin.SimpleListFilter
+
+__all__ = ["admin_actions", "admin_list_filter"]
+
+
+def admin_actions(field: str) -> list[Action]:
+    """Return the seven admin actions for a status field.
+
+    Change the state to created, waiting, working, finished or canceled; the priority to now; the
+    attempts to zero. For example::
+
+        class TaskAdmin(admin.ModelAdmin):
+            actions = [*modelqueue.admin_actions("status")]
+
+    They ask for the change permission, and say how many rows they changed. Changing the state of a
+    working task takes it away from its worker, whose outcome is then dropped.
+
+    Args:
+        field: the name of the `StatusField`.
+    """
+    offset = Status.state_offset
+    name = field.replace("_", " ")
+    to_state = [
+        _action(
+            f"make_{field}_state_{state}",
+            f"Change {name} state to {state}",
+            field,
+            lambda state=state: F(field) % offset + int(state) * offset,
+        )
+        for state in Status.states
+    ]
+    return [
+        *to_state,
+        _action(
+            f"make_{field}_priority_now",
+            f"Change {name} priority to now",
+            field,
+            lambda: F(field) - F(field) % offset + datetime_to_int(now()) * 10 + F(field) % 10,
+        ),
+        _action(
+            f"make_{field}_attempts_zero",
+            f"Change {name} attempts to zero",
+            field,
+            lambda: F(field) - F(field) % 10,
+        ),
+    ]
+
+
+def _action(name: str, description: str, field: str, value: Callable[[], Any]) -> Action:
+    @admin.action(description=description, permissions=["change"])
+    def change(modeladmin: admin.ModelAdmin[Any], request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        changed, left_alone = _update(queryset, field, value())
+        text = f"{description}: {changed} changed."
+        if left_alone:
+            text += f" {left_alone} left alone, as they hold no status."
+        modeladmin.message_user(request, text, messages.WARNING if left_alone else messages.SUCCESS)
+
+    change.__name__ = change.__qualname__ = name
+    return change
+
+
+def _update(queryset: QuerySet[Any], field: str, value: Any) -> tuple[int, int]:
+    """Set the status of those rows that have one; return how many have, and how many have none."""
+    rows = on_write_database(queryset)
+    changed = 0
+    with transaction.atomic(using=rows.db):
+        total = rows.count()
+        for part in owner_rows(rows, status_field(rows.model, field)):
+            statuses = {f"{field}__gte": Status.minimum("created"), f"{field}__lte": Status.maximum("canceled")}
+            changed += part.filter(**statuses).update(**{field: value})
+    return changed, max(total - changed, 0)
+
+
+def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
+    """Return an admin list filter by the state of a status field.
+
+    For example::
+
+        class TaskAdmin(admin.ModelAdmin):
+            list_filter = [modelqueue.admin_list_filter("status")]
+
+    Args:
+        field: the name of the `StatusField`.
+    """
+    about = field.removesuffix("status").replace("_", " ").strip()
+
+    class QueueFilter(admin.SimpleListFilter):
+        title = f"{about} queue status".strip()
+        parameter_name = f"{field}_queue"
+
+        def lookups(
+            self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]
+        ) -> list[tuple[str, str]]:
+            return [(state.name, capfirst(state.name)) for state in Status.states]
+
+        def queryset(self, request: HttpRequest, queryset: QuerySet[Model]) -> QuerySet[Model]:
+            name = self.value()
+            if name is None:
+                return queryset
+            try:
+                state = State.of(name)
+            except ValueError:  # an address that somebody typed
+                return queryset.none()
+            return queryset.filter(**Status.filter(field, state))
+
+    return QueueFilter

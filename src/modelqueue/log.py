@@ -1,0 +1,78 @@
+"""Every event as a line of the logger ``modelqueue``, with the facts as ``extra`` keys.
+
+The keys: ``event`` (the name of the signal), ``model`` (its label), ``pk``, ``field``, ``using``,
+``state`` and ``attempts`` of the status that stands now (None where there is none), and ``outcome``
+where an attempt has ended.
+
+A claim and a good end are DEBUG, what somebody may want to look at is WARNING, and a task that was
+given up for good is ERROR.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from django.db.models import Model
+
+from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
+from modelqueue.status import State, Status
+
+logger = logging.getLogger("modelqueue")
+
+
+def log_claimed(sender: type[Model], **facts: Any) -> None:
+    _log(logging.DEBUG, "task_claimed", "claimed", sender, facts)
+
+
+def log_finished(sender: type[Model], **facts: Any) -> None:
+    error = facts["error"]
+    if facts["outcome"] in ("finish", "assign", "retry", "release"):
+        level, text = logging.DEBUG, f"outcome {facts['outcome']}"
+    else:
+        level = logging.ERROR if _is_canceled(facts) else logging.WARNING
+        text = f"outcome {facts['outcome']} ({type(error).__name__}: {error})"
+    _log(level, "task_finished", text, sender, facts)
+
+
+def log_recovered(sender: type[Model], **facts: Any) -> None:
+    level = logging.ERROR if _is_canceled(facts) else logging.WARNING
+    _log(level, "task_recovered", "recovered, as its worker did not report in time", sender, facts)
+
+
+def log_lease_lost(sender: type[Model], **facts: Any) -> None:
+    text = (
+        f"lease lost, its outcome {facts['outcome']} is dropped; the action took longer than the timeout, "
+        "or somebody changed the status or deleted the row meanwhile"
+    )
+    _log(logging.WARNING, "lease_lost", text, sender, facts)
+
+
+task_claimed.connect(log_claimed, dispatch_uid="modelqueue.log")
+task_finished.connect(log_finished, dispatch_uid="modelqueue.log")
+task_recovered.connect(log_recovered, dispatch_uid="modelqueue.log")
+lease_lost.connect(log_lease_lost, dispatch_uid="modelqueue.log")
+
+
+def _is_canceled(facts: dict[str, Any]) -> bool:
+    status: Status | None = facts["status"]
+    return status is not None and status.state == State.canceled
+
+
+def _log(level: int, event: str, text: str, model: type[Model], facts: dict[str, Any]) -> None:
+    if not logger.isEnabledFor(level):
+        return
+    status: Status | None = facts["status"]
+    extra = {
+        "event": event,
+        "model": model._meta.label,
+        "pk": facts["pk"],
+        "field": facts["field"],
+        "using": facts["using"],
+        "state": None if status is None else status.state.name,
+        "attempts": None if status is None else status.attempts,
+        "outcome": facts.get("outcome"),
+    }
+    where = f"{model._meta.label} {facts['pk']} {facts['field']}"
+    stands = "gone" if status is None else f"{status.state}, {status.attempts} attempts"
+    logger.log(level, "%s: %s [%s]", where, text, stands, extra=extra)
