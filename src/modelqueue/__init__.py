@@ -48,7 +48,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from modelqueue import backoff, log
+from modelqueue import backoff
+from modelqueue import log as log  # connects its receivers
 from modelqueue.exceptions import Abort, Cancel, Retry
 from modelqueue.execution import run
 from modelqueue.fields import ErrorField, StatusField

@@ -91,8 +91,9 @@ def _update(queryset: QuerySet[Any], field: str, value: Any) -> tuple[int, int]:
     with transaction.atomic(using=rows.db):
         total = rows.count()
         for part in owner_rows(rows, status_field(rows.model, field)):
-            statuses = {f"{field}__gte": Status.minimum("created"), f"{field}__lte": Status.maximum("canceled")}
-            changed += part.filter(**statuses).update(**{field: value})
+            first, last = Status.minimum(State.created), Status.maximum(State.canceled)
+            with_status = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
+            changed += with_status.update(**{field: value})
     return changed, max(total - changed, 0)
 
 
@@ -113,9 +114,7 @@ def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
         title = f"{about} queue status".strip()
         parameter_name = f"{field}_queue"
 
-        def lookups(
-            self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]
-        ) -> list[tuple[str, str]]:
+        def lookups(self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]) -> list[tuple[str, str]]:
             return [(state.name, capfirst(state.name)) for state in Status.states]
 
         def queryset(self, request: HttpRequest, queryset: QuerySet[Model]) -> QuerySet[Model]:

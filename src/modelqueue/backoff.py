@@ -9,12 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import random
 from collections.abc import Callable
-from typing import Union
 
 __all__ = ["Backoff", "Delay", "exponential", "fixed", "linear"]
 
 Backoff = Callable[[int], dt.timedelta]
-Delay = Union[dt.timedelta, Backoff]
+Delay = dt.timedelta | Backoff
 
 _ZERO = dt.timedelta(0)
 
@@ -82,4 +81,6 @@ def _check(function: str, **durations: dt.timedelta | None) -> None:
         if not isinstance(value, dt.timedelta):
             raise TypeError(f"{function}(): {name} is a datetime.timedelta, not {value!r}.")
         if value < _ZERO:
-            raise ValueError(f"{function}(): {name}={value} is negative, but nothing can wait less than zero.")
+            raise ValueError(
+                f"{function}(): {name}={value} is negative, but nothing can wait less than zero."
+            )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.apps import apps
-from django.core.checks import CheckMessage, Tags, Warning, register
+from django.core import checks
+from django.core.checks import CheckMessage, Tags, register
 from django.db import connections, router
 
 from modelqueue.fields import StatusField
@@ -47,7 +48,7 @@ def _check_sqlite(using: str) -> list[CheckMessage]:
         journal_mode = cursor.fetchone()[0]
     if journal_mode != "wal":
         messages.append(
-            Warning(
+            checks.Warning(
                 f"The SQLite database {using!r} has journal_mode={journal_mode}, in which readers and "
                 "workers hold each other up.",
                 hint='Run "PRAGMA journal_mode=WAL" on it once; the file keeps it. '
@@ -55,10 +56,11 @@ def _check_sqlite(using: str) -> list[CheckMessage]:
                 id="modelqueue.W004",
             )
         )
-    if hasattr(connection, "transaction_mode") and connection.transaction_mode != "IMMEDIATE":
+    mode = getattr(connection, "transaction_mode", "IMMEDIATE") or "DEFERRED"  # an option of Django 5.1
+    if mode != "IMMEDIATE":
         messages.append(
-            Warning(
-                f"The SQLite database {using!r} has transaction_mode={connection.transaction_mode or "DEFERRED"}, so a "
+            checks.Warning(
+                f"The SQLite database {using!r} has transaction_mode={mode}, so a "
                 "transaction of yours that reads before it writes fails when a worker wrote meanwhile "
                 '("database is locked").',
                 hint='OPTIONS = {"transaction_mode": "IMMEDIATE"}. (The transactions of modelqueue itself '
@@ -74,7 +76,7 @@ def _check_skip_locked(using: str) -> list[CheckMessage]:
     if connections[using].vendor == "sqlite" or features.has_select_for_update_skip_locked:
         return []
     return [
-        Warning(
+        checks.Warning(
             f"The database {using!r} has no SKIP LOCKED, so a claim waits for rows that another "
             "transaction has locked.",
             hint="PostgreSQL, MySQL 8.0.1 and MariaDB 10.6 have it.",

@@ -31,7 +31,7 @@ def use(clock: Clock) -> Iterator[None]:
     Args:
         clock: a callable without arguments that returns an aware `datetime.datetime`.
     """
-    global _clock
+    global _clock  # noqa: PLW0603  (one clock per process is the point)
     before, _clock = _clock, clock
     try:
         yield

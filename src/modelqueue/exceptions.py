@@ -53,4 +53,4 @@ class Cancel(Exception):  # noqa: N818
 
 
 class LeaseExpired(Exception):  # noqa: N818
-    """Why a task was recovered: its worker did not report in time. Named in the `ErrorField`, never raised."""
+    """Why a task was recovered: its worker did not report in time. Named in an `ErrorField`, not raised."""

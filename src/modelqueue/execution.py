@@ -234,7 +234,7 @@ class _Attempt(Generic[M]):
         try:
             is_written = self.write(outcome, self.snapshot)
         except BaseException as error:
-            if self.snapshot is None or isinstance(error, Error) and self.engine.is_try_again(error):
+            if self.snapshot is None or (isinstance(error, Error) and self.engine.is_try_again(error)):
                 raise
             outcome = failed(self.claim.lease, error, self.policy, now())
             is_written = self.write(outcome, None)
@@ -247,7 +247,7 @@ class _Attempt(Generic[M]):
         Can be repeated: once written, it finds that the task is not ours any more.
         """
         changed = [] if snapshot is None else snapshot.changed(but=self.source.field)
-        if snapshot is None or not changed and is_saved_by_plain_update(self.source.model):
+        if snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write = functools.partial(self.write_status, outcome)
         else:
             write = functools.partial(self.write_task, outcome, changed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Union
+from typing import TYPE_CHECKING, Any, Protocol
 
 from django.core import checks
 from django.db import models
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.db.models.sql.compiler import SQLCompiler
 
-    _BigIntegerField = models.BigIntegerField[Union[int, Combinable, None], Any]
-    _TextField = models.TextField[Union[str, Combinable], str]
+    _BigIntegerField = models.BigIntegerField[int | Combinable | None, Any]
+    _TextField = models.TextField[str | Combinable, str]
 else:
     _BigIntegerField = models.BigIntegerField
     _TextField = models.TextField

@@ -45,7 +45,9 @@ class Policy:
         """
         if retry is not None:
             if isinstance(retry, bool) or not isinstance(retry, int):
-                raise TypeError(f"retry is an int from 0 to {MOST_RETRIES}, or None for no limit, not {retry!r}.")
+                raise TypeError(
+                    f"retry is an int from 0 to {MOST_RETRIES}, or None for no limit, not {retry!r}."
+                )
             if not 0 <= retry <= MOST_RETRIES:
                 raise ValueError(
                     f"retry={retry} is out of range, as attempts are stored in one digit. "
@@ -168,7 +170,9 @@ def assigned(value: object, nullable: bool) -> Outcome:
         raise TypeError(f"The action assigned {value!r} as the status of its task. {allowed}")
     status = Status(value)
     if status.state not in (State.created, State.waiting, State.finished, State.canceled):
-        raise ValueError(f"The action assigned {status!r} ({status.state}) as the status of its task. {allowed}")
+        raise ValueError(
+            f"The action assigned {status!r} ({status.state}) as the status of its task. {allowed}"
+        )
     return Outcome("assign", status)
 
 

@@ -149,7 +149,9 @@ def _field_of_type(
     if not isinstance(name, str):
         raise TypeError(f"A field is given by its name, a str, not by {name!r}.")
     candidates = sorted(field.name for field in model._meta.concrete_fields if isinstance(field, kind))
-    has = f"{model.__name__} has " + (f"the fields {', '.join(candidates)}." if candidates else "none: add one.")
+    has = f"{model.__name__} has " + (
+        f"the fields {', '.join(candidates)}." if candidates else "none: add one."
+    )
     try:
         field = model._meta.get_field(name)
     except FieldDoesNotExist:
@@ -157,7 +159,9 @@ def _field_of_type(
             f"{model.__name__} has no field {name!r}, which should be {wanted}. Of that kind {has}"
         ) from None
     if not isinstance(field, kind):
-        raise TypeError(f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. Of that kind {has}")
+        raise TypeError(
+            f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. Of that kind {has}"
+        )
     return field
 
 

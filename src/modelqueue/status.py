@@ -18,7 +18,7 @@ Pure Python: works before Django is configured (only `Status.tally` needs a data
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsInt, Union
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsInt, TypeAlias
 
 from modelqueue.clock import now
 
@@ -30,12 +30,14 @@ __all__ = ["ONE_HOUR", "ZERO_SECS", "State", "Status", "datetime_to_int", "now"]
 ONE_HOUR = dt.timedelta(hours=1)
 ZERO_SECS = dt.timedelta(0)
 
-StateLike = Union["State", str, int]
-Priority = Union[dt.datetime, int]
+StateLike: TypeAlias = "State | str | int"
+Priority = dt.datetime | int
 
 _PRIORITY_LIMIT = 10**17
 _LAST_MILLISECOND = 99991231235959999
 _FIRST_MILLISECOND = 10101000000000
+_LAST_MOMENT = dt.datetime.max.replace(tzinfo=dt.timezone.utc)
+_FIRST_MOMENT = dt.datetime.min.replace(tzinfo=dt.timezone.utc)
 
 
 def datetime_to_int(datetime: dt.datetime) -> int:
@@ -90,8 +92,7 @@ def shifted(moment: dt.datetime, by: dt.timedelta) -> dt.datetime:
     try:
         return moment + by
     except OverflowError:
-        end = dt.datetime.max if by > ZERO_SECS else dt.datetime.min
-        return end.replace(tzinfo=dt.timezone.utc)
+        return _LAST_MOMENT if by > ZERO_SECS else _FIRST_MOMENT
 
 
 class State(int):

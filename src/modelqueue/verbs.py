@@ -52,7 +52,9 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
     def judge(lease: Status) -> Verdict:
         status, note, wrong_delay = outcomes.recovered(lease, policy, moment)
         if wrong_delay is not None:
-            logger.error("The delay of a recovered task can not be computed, it is zero.", exc_info=wrong_delay)
+            logger.error(
+                "The delay of a recovered task can not be computed, it is zero.", exc_info=wrong_delay
+            )
         return Verdict(status, note)
 
     count = 0
@@ -103,7 +105,9 @@ def enqueue(
             sliced queryset, or no status field of that name.
     """
     if at is not None and priority is not None:
-        raise ValueError(f"enqueue() takes at={at!r} or priority={priority!r}, not both. A time is a priority.")
+        raise ValueError(
+            f"enqueue() takes at={at!r} or priority={priority!r}, not both. A time is a priority."
+        )
     if at is not None and not isinstance(at, dt.datetime):
         raise TypeError(f"enqueue(): at is a datetime.datetime, not {at!r}. For a number use priority.")
     if isinstance(priority, dt.datetime):
@@ -141,7 +145,9 @@ def _rows_to_enqueue(
 ) -> models.QuerySet[Any]:
     if isinstance(given, models.Model):
         if given._state.adding or given.pk is None:
-            raise ValueError(f"enqueue(): {given!r} is not saved, so there is no row to enqueue. Save it first.")
+            raise ValueError(
+                f"enqueue(): {given!r} is not saved, so there is no row to enqueue. Save it first."
+            )
         using = router.db_for_write(type(given), instance=given)
         return models.QuerySet(type(given), using=using).filter(pk=given.pk)
     if not isinstance(given, (models.QuerySet, models.Manager)):

@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from django.db import InterfaceError, OperationalError, connections, models, transaction
@@ -168,7 +169,12 @@ class Engine:
     # Single rows
 
     def compare_and_set(
-        self, source: Source[M], row: Candidate, old: Status | None, new: Status | None, note: str | None = None
+        self,
+        source: Source[M],
+        row: Candidate,
+        old: Status | None,
+        new: Status | None,
+        note: str | None = None,
     ) -> bool:
         """Set the status of a row to `new` if it is `old`; return whether it was.
 
@@ -186,9 +192,9 @@ class Engine:
                 elsewhere = error  # the column is in the table of a child or of another parent
         matching = source.owner_rows().filter(Q((field.name, old)), pk=row.key)
         if elsewhere is None:
-            return matching.update(**values) == 1
+            return bool(matching.update(**values) == 1)
         with transaction.atomic(using=self.using):
-            was_old = matching.update(**values) == 1
+            was_old = bool(matching.update(**values) == 1)
             if was_old:
                 source.rows().filter(pk=row.pk).update(**{elsewhere.name: note})
             return was_old
@@ -204,22 +210,27 @@ class Engine:
     def _pages(self, source: Source[M], rows: models.QuerySet[M]) -> Iterator[list[Candidate]]:
         """Pick: read candidates in their order, without a lock, a few first and then more at a time."""
         name = source.field.name
-        columns = ["pk", name] if source.owner_key == "pk" else ["pk", name, source.owner_key]
         size = _FIRST_PAGE
-        page = rows
-        while True:
-            found = [
-                Candidate(pk, key[0] if key else pk, Status(status))
-                for pk, status, *key in self.patiently(lambda: list(page.values_list(*columns)[:size]))
-            ]
-            if found:
-                yield list(dict.fromkeys(found))  # a join repeats rows
-            if len(found) < size:
+        page = self.patiently(partial(self._read_page, source, rows, size))
+        while page:
+            yield list(dict.fromkeys(page))  # a join repeats rows
+            if len(page) < size:
                 return
-            last = found[-1]
-            beyond = Q(**{f"{name}__gt": last.status}) | Q(pk__gt=last.pk)
-            page = rows.filter(beyond, **{f"{name}__gte": last.status})
+            last = page[-1]
             size = min(size * 5, _LONGEST_PAGE)
+            beyond = rows.filter(
+                Q(**{f"{name}__gt": last.status}) | Q(pk__gt=last.pk), **{f"{name}__gte": last.status}
+            )
+            page = self.patiently(partial(self._read_page, source, beyond, size))
+
+    def _read_page(self, source: Source[M], rows: models.QuerySet[M], size: int) -> list[Candidate]:
+        columns = ["pk", source.field.name]
+        if source.owner_key != "pk":
+            columns.append(source.owner_key)
+        return [
+            Candidate(pk, key[0] if key else pk, Status(status))
+            for pk, status, *key in rows.values_list(*columns)[:size]
+        ]
 
     def _lock(self, source: Source[M], candidates: list[Candidate]) -> list[Candidate]:
         """Lock, in the owner's table alone, and return the candidates that are free and unchanged."""
@@ -294,7 +305,7 @@ class Engine:
                 if outer:
                     raise
                 was_lost = not self.is_try_again(error) and self._discard_broken_connection()
-                if not (was_lost and reconnect or self.is_try_again(error)) or time.monotonic() > deadline:
+                if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
                     raise
             self.note_contention()
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  (jitter)
