@@ -7,11 +7,12 @@ stays as it is. Rows that are in no queue (NULL) or hold a foreign number are le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
 from django.db import transaction
-from django.db.models import F
+from django.db.models import F, Q
 from django.utils.text import capfirst
 
 from modelqueue.clock import now
@@ -20,10 +21,10 @@ from modelqueue.status import State, Status, datetime_to_int
 
 if TYPE_CHECKING:
     from django.db.models import Model, QuerySet
+    from django.db.models.expressions import Combinable
     from django.http import HttpRequest
 
     Action = Callable[["admin.ModelAdmin[Any]", HttpRequest, "QuerySet[Any]"], None]
-    _SimpleListFilter = admin.SimpleListFilter
 
 __all__ = ["admin_actions", "admin_list_filter"]
 
@@ -43,38 +44,39 @@ def admin_actions(field: str) -> list[Action]:
     Args:
         field: the name of the `StatusField`.
     """
-    offset = Status.state_offset
     name = field.replace("_", " ")
     to_state = [
         _action(
             f"make_{field}_state_{state}",
             f"Change {name} state to {state}",
             field,
-            lambda state=state: F(field) % offset + int(state) * offset,
+            partial(_to_state, state),
         )
         for state in Status.states
     ]
     return [
         *to_state,
-        _action(
-            f"make_{field}_priority_now",
-            f"Change {name} priority to now",
-            field,
-            lambda: F(field) - F(field) % offset + datetime_to_int(now()) * 10 + F(field) % 10,
-        ),
-        _action(
-            f"make_{field}_attempts_zero",
-            f"Change {name} attempts to zero",
-            field,
-            lambda: F(field) - F(field) % 10,
-        ),
+        _action(f"make_{field}_priority_now", f"Change {name} priority to now", field, _to_priority_now),
+        _action(f"make_{field}_attempts_zero", f"Change {name} attempts to zero", field, _to_attempts_zero),
     ]
 
 
-def _action(name: str, description: str, field: str, value: Callable[[], Any]) -> Action:
+def _to_state(state: State, status: F) -> Combinable:
+    return status % Status.state_offset + int(state) * Status.state_offset
+
+
+def _to_priority_now(status: F) -> Combinable:
+    return status - status % Status.state_offset + datetime_to_int(now()) * 10 + status % 10
+
+
+def _to_attempts_zero(status: F) -> Combinable:
+    return status - status % 10
+
+
+def _action(name: str, description: str, field: str, value: Callable[[F], Combinable]) -> Action:
     @admin.action(description=description, permissions=["change"])
     def change(modeladmin: admin.ModelAdmin[Any], request: HttpRequest, queryset: QuerySet[Any]) -> None:
-        changed, left_alone = _update(queryset, field, value())
+        changed, left_alone = _update(queryset, field, value(F(field)))
         text = f"{description}: {changed} changed."
         if left_alone:
             text += f" {left_alone} left alone, as they hold no status."
@@ -84,7 +86,7 @@ def _action(name: str, description: str, field: str, value: Callable[[], Any]) -
     return change
 
 
-def _update(queryset: QuerySet[Any], field: str, value: Any) -> tuple[int, int]:
+def _update(queryset: QuerySet[Any], field: str, value: Combinable) -> tuple[int, int]:
     """Set the status of those rows that have one; return how many have, and how many have none."""
     rows = on_write_database(queryset)
     changed = 0
@@ -122,9 +124,9 @@ def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
             if name is None:
                 return queryset
             try:
-                state = State.of(name)
+                in_state = Status.filter(field, name)
             except ValueError:  # an address that somebody typed
                 return queryset.none()
-            return queryset.filter(**Status.filter(field, state))
+            return queryset.filter(Q(**in_state))
 
     return QueueFilter

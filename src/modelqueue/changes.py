@@ -132,7 +132,7 @@ def _loaded_fields(instance: models.Model) -> Fields:
 def _fetch_keys_of_related(instance: models.Model) -> None:
     """Take over the key of a related object that was saved after it had been assigned, as save() does."""
     for field in instance._meta.concrete_fields:
-        if field.is_relation and field.is_cached(instance):
+        if isinstance(field, models.ForeignKey) and field.is_cached(instance):
             related = field.get_cached_value(instance)
             if related is not None and instance.__dict__.get(field.attname) is None:
                 setattr(instance, field.name, related)
@@ -151,7 +151,7 @@ def _copied(value: Any) -> Any:
 
 def _differs(before: Any, after: Any) -> bool:
     if isinstance(after, FieldFile):
-        return before != after.name or not after._committed
+        return before != after.name or not after._committed  # type: ignore[attr-defined]
     if type(before) is not type(after) or _is_expression(after):
         return before is not after
     try:

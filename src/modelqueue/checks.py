@@ -39,7 +39,7 @@ def _has_queue(using: str) -> bool:
 
 
 def _check_sqlite(using: str) -> list[CheckMessage]:
-    connection = connections[using]
+    connection: Any = connections[using]
     if connection.vendor != "sqlite" or connection.is_in_memory_db():
         return []
     messages: list[CheckMessage] = []

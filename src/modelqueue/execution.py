@@ -246,24 +246,22 @@ class _Attempt(Generic[M]):
 
         Can be repeated: once written, it finds that the task is not ours any more.
         """
+        task = self.task
         changed = [] if snapshot is None else snapshot.changed(but=self.source.field)
-        if snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
+        if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write = functools.partial(self.write_status, outcome)
         else:
-            write = functools.partial(self.write_task, outcome, changed)
+            write = functools.partial(self.write_task, outcome, task, changed)
         return self.engine.patiently(write, reconnect=True)
 
     def write_status(self, outcome: Outcome) -> bool:
         note, column = outcome.note, self.source.error_field
-        if column is not None and self.task is not None and note is not None:
-            if note == self.task.__dict__.get(column.attname):
-                note = None
-            else:
-                setattr(self.task, column.attname, note)
+        if column is not None and self.task is not None and note == self.task.__dict__.get(column.attname):
+            note = None
         return self.engine.compare_and_set(self.source, self.claim.row, self.held, outcome.status, note)
 
-    def write_task(self, outcome: Outcome, changed: list[models.Field[Any, Any]]) -> bool:
-        source, task, column = self.source, self.task, self.source.error_field
+    def write_task(self, outcome: Outcome, task: M, changed: list[models.Field[Any, Any]]) -> bool:
+        source, column = self.source, self.source.error_field
         with self.engine.transaction():
             if not self.engine.compare_and_set(source, self.claim.row, self.held, outcome.status):
                 return False
@@ -288,6 +286,9 @@ class _Attempt(Generic[M]):
             )
         if task is not None and exists:
             set_loaded(task, self.source.field, stored)
+        column, note = self.source.error_field, outcome.note
+        if task is not None and column is not None and is_written and note is not None:
+            setattr(task, column.attname, note)
         ended = {"outcome": outcome.ending, "error": outcome.error}
         if is_written:
             self.tell(signals.task_finished, status=outcome.status, **ended)

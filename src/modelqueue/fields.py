@@ -13,7 +13,7 @@ fields, which is an assignment, and write them as always.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from django.core import checks
@@ -52,6 +52,8 @@ class StatusField(_BigIntegerField):
     declared ``modelqueue.StatusField(db_index=True, default=modelqueue.Status.waiting)`` for
     modelqueue 2 needs no new one.
     """
+
+    db_index: bool
 
     def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
         options.setdefault("db_index", True)
@@ -99,7 +101,7 @@ class StatusField(_BigIntegerField):
         _note(model_instance, self.attname, "saving")
         return super().pre_save(model_instance, add)
 
-    def formfield(self, **options: Any) -> forms.Field | None:  # type: ignore[override]
+    def formfield(self, **options: Any) -> forms.Field | None:
         from modelqueue.forms import StatusFormField
 
         return super().formfield(**{"form_class": StatusFormField, **options})
@@ -229,10 +231,11 @@ class StatusAttribute(DeferredAttribute):
         elif not instance._state.adding:
             _note(instance, name, "assigned")
 
-    def fetch_many(self, instances: Sequence[models.Model]) -> None:
+    def fetch_many(self, instances: Iterable[models.Model]) -> None:
         """Load a deferred status for several instances (Django 6.1: ``FETCH_PEERS``)."""
+        instances = list(instances)
         missing = [instance for instance in instances if self.field.attname not in instance.__dict__]
-        super().fetch_many(instances)  # type: ignore[misc]
+        super().fetch_many(instances)
         for instance in missing:
             _note(instance, self.field.attname, None)
 
@@ -247,7 +250,7 @@ class _AsStored:
         self.field = field
 
     def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> tuple[str, list[Any]]:
-        return connection.ops.quote_name(self.field.column), []
+        return connection.ops.quote_name(str(self.field.column)), []
 
 
 def set_loaded(instance: models.Model, field: models.Field[Any, Any], status: Status | None) -> None:

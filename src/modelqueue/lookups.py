@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from django.db.models.sql.compiler import SQLCompiler
 
     _IntegerField = models.SmallIntegerField[int, State]
-    SQL = tuple[str, list[Any]]
+    SQL = tuple[str, tuple[Any, ...]]
 else:
     _IntegerField = models.SmallIntegerField
 
@@ -47,7 +47,9 @@ class StatusState(models.Transform):
     lookup_name = "state"
     output_field = StateField()
 
-    def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any) -> SQL:
+    def as_sql(  # type: ignore[override]
+        self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any
+    ) -> SQL:
         # Literals, not parameters: PostgreSQL must see that the expression in GROUP BY is the one
         # that is selected, and can not where each bound parameter has a number of its own.
         lhs, params = compiler.compile(self.lhs)
@@ -56,7 +58,7 @@ class StatusState(models.Transform):
             for state in Status.states
         )
         times = len(Status.states) + 1
-        return f"CASE {whens} WHEN {lhs} IS NOT NULL THEN 0 END", [*params] * times
+        return f"CASE {whens} WHEN {lhs} IS NOT NULL THEN 0 END", (*params,) * times
 
 
 class StatusPriority(models.Transform):
@@ -66,11 +68,11 @@ class StatusPriority(models.Transform):
     output_field = models.BigIntegerField()
     _template = "ABS(({lhs} / 10) %% 100000000000000000)"
 
-    def as_sql(
+    def as_sql(  # type: ignore[override]
         self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, template: str = _template, **kwargs: Any
     ) -> SQL:
         lhs, params = compiler.compile(self.lhs)
-        return template.format(lhs=lhs), [*params]
+        return template.format(lhs=lhs), (*params,)
 
     def as_mysql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any) -> SQL:
         # "/" of two integers is a rounded decimal there: 3999999999999999999 / 10 ends in a 0.
@@ -86,13 +88,15 @@ class StatusAttempts(models.Transform):
     lookup_name = "attempts"
     output_field = models.SmallIntegerField()
 
-    def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any) -> SQL:
+    def as_sql(  # type: ignore[override]
+        self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any
+    ) -> SQL:
         lhs, params = compiler.compile(self.lhs)
-        return f"ABS({lhs} %% 10)", [*params]
+        return f"ABS({lhs} %% 10)", (*params,)
 
     def as_oracle(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any) -> SQL:
         lhs, params = compiler.compile(self.lhs)
-        return f"ABS(MOD({lhs}, 10))", [*params]
+        return f"ABS(MOD({lhs}, 10))", (*params,)
 
 
 def _ranges(lookup: Lookup[Any], compiler: SQLCompiler, states: list[int]) -> SQL:
@@ -103,7 +107,7 @@ def _ranges(lookup: Lookup[Any], compiler: SQLCompiler, states: list[int]) -> SQ
     for state in states:
         conditions.append(f"{lhs} BETWEEN %s AND %s")
         all_params += [*params, Status.minimum(state), Status.maximum(state)]
-    return "(" + " OR ".join(conditions) + ")", all_params
+    return "(" + " OR ".join(conditions) + ")", (*all_params,)
 
 
 @StatusState.register_lookup
@@ -111,7 +115,7 @@ class StateExact(Exact):
     def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> SQL:
         if not self.rhs_is_direct_value():
             sql, params = super().as_sql(compiler, connection)
-            return sql, [*params]
+            return sql, (*params,)
         return _ranges(self, compiler, [self.rhs])
 
 
@@ -120,7 +124,7 @@ class StateIn(In):
     def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> SQL:
         if not self.rhs_is_direct_value() or any(hasattr(state, "as_sql") for state in self.rhs):
             sql, params = super().as_sql(compiler, connection)
-            return sql, [*params]
+            return sql, (*params,)
         states = sorted({state for state in self.rhs if state is not None})
         if not states:
             raise EmptyResultSet

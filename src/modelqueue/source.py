@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar, Union
 
 from django.core.exceptions import FieldDoesNotExist
-from django.db import models, router
+from django.db import models
 from django.db.models.query import ModelIterable
 
 from modelqueue.status import State, Status
@@ -74,11 +74,14 @@ class Source(Generic[M]):
 
     def owner_rows(self) -> models.QuerySet[Any]:
         """All rows of the owner's table, whatever its managers filter."""
-        return models.QuerySet(self.owner, using=self.using).order_by()
+        rows: models.QuerySet[Any] = models.QuerySet(self.owner, using=self.using)
+        rows = rows.order_by()
+        return rows
 
     def rows(self) -> models.QuerySet[M]:
         """All rows of the model, whatever its managers filter."""
-        return models.QuerySet(self.model, using=self.using)
+        rows: models.QuerySet[M] = models.QuerySet(self.model, using=self.using)
+        return rows
 
     def due(self, now: dt.datetime) -> models.QuerySet[M]:
         """The waiting rows whose priority has come, the first to run first."""
@@ -92,12 +95,18 @@ class Source(Generic[M]):
 
     def _between(self, first: int, last: int) -> models.QuerySet[M]:
         name = self.field.name
-        return self.queryset.filter(**{f"{name}__gte": first, f"{name}__lte": int(last)}).order_by(name, "pk")
+        rows: models.QuerySet[M] = self.queryset.filter(**{f"{name}__gte": first, f"{name}__lte": int(last)})
+        rows = rows.order_by(name, "pk")
+        return rows
 
 
 def on_write_database(rows: models.QuerySet[M]) -> models.QuerySet[M]:
     """Return the same rows on the alias they name with ``using()``, else on the one to write them to."""
-    return rows.using(rows._db or router.db_for_write(rows.model, **rows._hints))
+    # What QuerySet.update() asks the router, see QuerySet.db; there is no public way to ask it ahead.
+    rows = rows.all()
+    rows._for_write = True  # type: ignore[attr-defined]
+    rows = rows.using(rows.db)
+    return rows
 
 
 def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Iterator[models.QuerySet[Any]]:

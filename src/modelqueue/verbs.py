@@ -149,7 +149,9 @@ def _rows_to_enqueue(
                 f"enqueue(): {given!r} is not saved, so there is no row to enqueue. Save it first."
             )
         using = router.db_for_write(type(given), instance=given)
-        return models.QuerySet(type(given), using=using).filter(pk=given.pk)
+        rows: models.QuerySet[Any] = models.QuerySet(type(given), using=using)
+        rows = rows.filter(pk=given.pk)
+        return rows
     if not isinstance(given, (models.QuerySet, models.Manager)):
         raise TypeError(f"enqueue() takes a QuerySet, a Manager or an instance, not {given!r}.")
     return on_write_database(given.all())

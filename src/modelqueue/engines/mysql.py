@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import transaction
 from django.db.utils import Error
 
@@ -17,6 +19,10 @@ _TRY_AGAIN = {
 class MySQLEngine(Engine):
     def is_try_again(self, error: Error) -> bool:
         return bool(error.args) and error.args[0] in _TRY_AGAIN
+
+    @property
+    def connection(self) -> Any:  # with attributes of this vendor's own
+        return super().connection
 
     def transaction(self) -> transaction.Atomic:
         # Under REPEATABLE READ a locking read takes gap locks, which block inserts of waiting rows

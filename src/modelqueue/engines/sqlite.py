@@ -48,7 +48,7 @@ class SQLiteEngine(Engine):
 
     def _lock_by_writing(self, source: Source[Any], rows: models.QuerySet[Any]) -> None:
         quote = self.connection.ops.quote_name
-        table, column = quote(source.owner._meta.db_table), quote(source.field.column)
+        table, column = quote(source.owner._meta.db_table), quote(str(source.field.column))
         with self.connection.cursor() as cursor:
             cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")  # noqa: S608
         if time.monotonic() - self._began > _NOTICEABLE:  # in BEGIN IMMEDIATE or in the UPDATE
