@@ -121,12 +121,15 @@ def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
 
         def queryset(self, request: HttpRequest, queryset: QuerySet[Model]) -> QuerySet[Model]:
             name = self.value()
-            if name is None:
-                return queryset
-            try:
-                in_state = Status.filter(field, name)
-            except ValueError:  # an address that somebody typed
-                return queryset.none()
-            return queryset.filter(Q(**in_state))
+            return queryset if name is None else _in_state(queryset, field, name)
 
     return QueueFilter
+
+
+def _in_state(rows: QuerySet[Any], field: str, name: str) -> QuerySet[Any]:
+    try:
+        in_state = Q(**Status.filter(field, name))
+    except ValueError:  # an address that somebody typed
+        in_state = Q(pk__in=[])
+    rows = rows.filter(in_state)
+    return rows

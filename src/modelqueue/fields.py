@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from django.core import checks
 from django.db import models
@@ -29,16 +29,27 @@ if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.db.models.sql.compiler import SQLCompiler
 
-    _BigIntegerField = models.BigIntegerField[int | Combinable | None, Any]
-    _TextField = models.TextField[str | Combinable, str]
+_ST = TypeVar("_ST", contravariant=True)
+_GT = TypeVar("_GT", covariant=True)
+
+if TYPE_CHECKING:
+    # As django-stubs declares its own fields, so that its plugin fills in the types, with None where
+    # a field is nullable.
+    class _BigIntegerField(models.BigIntegerField[_ST, _GT]):
+        _pyi_private_set_type: int | Combinable
+        _pyi_private_get_type: Status
+
+    class _TextField(models.TextField[_ST, _GT]):
+        pass
 else:
-    _BigIntegerField = models.BigIntegerField
-    _TextField = models.TextField
+    # Django's fields take type arguments from a type checker alone.
+    _BigIntegerField = {(_ST, _GT): models.BigIntegerField}
+    _TextField = {(_ST, _GT): models.TextField}
 
 __all__ = ["ErrorField", "StatusField"]
 
 
-class StatusField(_BigIntegerField):
+class StatusField(_BigIntegerField[_ST, _GT]):
     """A BigIntegerField that holds a `Status` and makes its model a task queue.
 
     ``StatusField()`` is indexed and defaults to ``Status.waiting``: a new row is a task that is due
@@ -65,7 +76,7 @@ class StatusField(_BigIntegerField):
         name, _, args, options = super().deconstruct()
         return name, "django.db.models.BigIntegerField", args, options
 
-    def clone(self) -> StatusField:
+    def clone(self) -> StatusField[_ST, _GT]:
         # deconstruct() leaves out what is a BigIntegerField's default; what is not ours is given here.
         _, _, args, options = self.deconstruct()
         return type(self)(*args, **{"db_index": self.db_index, "default": self.default, **options})
@@ -246,7 +257,7 @@ class _AsStored:
     F() says the same, but Django 6 reads an F() back after save(), or defers the field.
     """
 
-    def __init__(self, field: StatusField) -> None:
+    def __init__(self, field: models.Field[Any, Any]) -> None:
         self.field = field
 
     def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> tuple[str, list[Any]]:
@@ -312,7 +323,7 @@ def _saves(method: Callable[..., None]) -> Callable[..., None]:
     return save_base
 
 
-class ErrorField(_TextField):
+class ErrorField(_TextField[_ST, _GT]):
     """A TextField for the last failure of a task; empty after a success.
 
     Name it as ``error_field`` of `modelqueue.run`. Its first line is ``module.Class: message``, then
@@ -327,7 +338,7 @@ class ErrorField(_TextField):
         name, _, args, options = super().deconstruct()
         return name, "django.db.models.TextField", args, options
 
-    def clone(self) -> ErrorField:
+    def clone(self) -> ErrorField[_ST, _GT]:
         _, _, args, options = self.deconstruct()
         stated = {"blank": self.blank, "default": self.default, "editable": self.editable}
         return type(self)(*args, **{**stated, **options})

@@ -309,7 +309,7 @@ class Status(int):
         from django.db.models import Count, Q  # here, so that the number itself needs no Django
 
         counts = {
-            f"modelqueue_{state.name}": Count("pk", filter=Q(**cls.filter(field, state)))
+            f"modelqueue_{state.name}": Count(field, filter=Q(**cls.filter(field, state)))
             for state in cls.states
         }
         result = queryset.all().aggregate(**counts)
