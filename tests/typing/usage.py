@@ -1,0 +1,71 @@
+"""The public API as a typed project uses it: never run, `make types` checks each type that a user gets."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING
+
+from django.contrib import admin
+from typing_extensions import assert_type
+
+import modelqueue
+from modelqueue import State, Status, backoff
+from tests.testapp.models import Task
+
+if TYPE_CHECKING:
+    from django.db.models import QuerySet
+
+
+def make_thumbnail(task: Task) -> None:
+    if not task.data:
+        raise modelqueue.Cancel
+    if task.data == "busy":
+        raise modelqueue.Retry(dt.timedelta(minutes=1))
+    raise modelqueue.Abort(backoff.exponential(dt.timedelta(seconds=1), cap=modelqueue.ONE_HOUR))
+
+
+# A task comes back as the model that the queryset is of.
+assert_type(modelqueue.run(Task.objects.all(), "status", make_thumbnail), Task | None)
+assert_type(modelqueue.run(Task.objects.filter(data="x"), "status", lambda task: task.data), Task | None)
+modelqueue.run(
+    Task.objects.all(),
+    "status",
+    make_thumbnail,
+    retry=None,
+    timeout=dt.timedelta(minutes=5),
+    delay=lambda attempts: dt.timedelta(seconds=attempts),
+    error_field="error",
+)
+modelqueue.run(Task.objects.all(), "status", make_thumbnail, 3, modelqueue.ONE_HOUR, modelqueue.ZERO_SECS)
+modelqueue.run(Task.objects.all(), "status", len)  # type: ignore[arg-type]
+modelqueue.run(Task.objects.all(), "status", make_thumbnail, timeout=3600)  # type: ignore[arg-type]
+
+assert_type(modelqueue.enqueue(Task.objects.all(), "status"), int)
+assert_type(modelqueue.enqueue(Task(), "status", at=modelqueue.now() + modelqueue.ONE_HOUR), int)
+assert_type(modelqueue.enqueue(Task(), "status", priority=5), int)
+modelqueue.enqueue(Task(), "status", at="tomorrow")  # type: ignore[arg-type]
+
+status = Status.combine(State.waiting, modelqueue.now(), 0)
+assert_type(status, Status)
+assert_type(status.state, State)
+assert_type(status.state.name, str)
+assert_type(status.priority, int)
+assert_type(status.attempts, int)
+assert_type(status.parse(), tuple[State, dt.datetime | int, int])
+assert_type(Status.combine(*status.parse()), Status)
+assert_type(Status.waiting(priority=0, attempts=1), Status)
+assert_type(Status.minimum("waiting"), int)
+assert_type(Status.tally(Task.objects.all(), "status"), dict[str, int])
+assert_type(modelqueue.datetime_to_int(modelqueue.now()), int)
+
+due: QuerySet[Task] = Task.objects.filter(**Status.filter("status", "waiting"))
+task = Task(status=Status.waiting())
+assert_type(task.status, Status)
+assert_type(task.status.state, State)
+task.status = Status.finished()
+Task(status=2_20260101000000000_0)
+
+
+class TaskAdmin(admin.ModelAdmin[Task]):
+    actions = [*modelqueue.admin_actions("status")]
+    list_filter = [modelqueue.admin_list_filter("status")]
