@@ -39,8 +39,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 
-# `run` in a docstring is a link where the reference has it, and code where it has not: names of Python and Django
-# can not be looked up, since a build asks nobody on the network.
+# `run` in a docstring is a link where the reference has it, and code where it has not: names of Python and of
+# Django can not be looked up, since a build asks nobody on the network.
 default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
