@@ -18,7 +18,7 @@ Pure Python: works before Django is configured (only `Status.tally` needs a data
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsInt, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from modelqueue.clock import now
 
@@ -333,8 +333,8 @@ def _in_words(moment: dt.datetime) -> str:
     from django.core.exceptions import AppRegistryNotReady, ImproperlyConfigured
 
     try:
-        words: SupportsInt | str = naturaltime(moment)
+        words = str(naturaltime(moment))  # here: "now" is a lazy translation
     except (AppRegistryNotReady, ImproperlyConfigured, ArithmeticError, ValueError):
         return moment.isoformat(sep=" ", timespec="milliseconds")
     # Django binds number and unit by a no-break space, which nobody can type into a search.
-    return str(words).replace("\xa0", " ")
+    return words.replace("\xa0", " ")
