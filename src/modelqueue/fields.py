@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.db.models.sql.compiler import SQLCompiler
 
-_ST = TypeVar("_ST", contravariant=True)
-_GT = TypeVar("_GT", covariant=True)
+_ST = TypeVar("_ST", contravariant=True)  # noqa: PLC0105  (the names of django-stubs)
+_GT = TypeVar("_GT", covariant=True)  # noqa: PLC0105
 
 if TYPE_CHECKING:
     # As django-stubs declares its own fields, so that its plugin fills in the types, with None where
