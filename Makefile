@@ -57,6 +57,16 @@ coverage: $(VENV)/.test ## sum up what make test and make matrix have covered; l
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
+# With the same Django as .venv, and with what that release needs but does not ask for.
+build/bench/.stamp: $(VENV)/.test
+	$(UV) venv --quiet --clear --python $(PY) $(@D)
+	$(UV) pip install --quiet --python $(@D) modelqueue==2.2.1 pytz "psycopg[binary]" \
+		"Django==$$($(PY) -c 'import django; print(django.__version__)')"
+	@touch $@
+
+bench: build/bench/.stamp ## compare the rate of one process with modelqueue 2.2.1
+	PYTHONPATH=. $(PY) benchmarks/compare.py build/bench/bin/python $(ARGS)
+
 clean: ## remove what the targets have made
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache
 
