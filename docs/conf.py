@@ -44,8 +44,9 @@ python_use_unqualified_type_names = True
 default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    ("py:.*", r"(collections|datetime|django|dt|enum|types|typing)\..*"),
-    ("py:class", r"(Any|Callable|Model|Manager|QuerySet|ModelAdmin|_?[A-Z])"),
+    ("py:.*", r"(admin|collections|datetime|django|dt|enum|forms|models|types|typing)\..*"),
+    ("py:class", r"Any|Callable|Combinable|Manager|Model|ModelAdmin|QuerySet|Signal"),
+    ("py:class", r"(.*\.)?(M|_ST|_GT|Action)"),  # type variables and aliases of the code
 ]
 
 html_theme = "furo"
