@@ -43,16 +43,19 @@ types: $(VENV)/.types ## check the types
 
 # The shims of pyenv refuse a version that is not activated, so look behind them.
 matrix: $(VENV)/.matrix ## run the tests on SQLite and PostgreSQL with each supported pair of Python and Django
-	pyenv=$$(pyenv root 2>/dev/null || true); \
-	PATH="$$(printf '%s:' "$$pyenv"/versions/3.*/bin)$$PATH" $(BIN)/tox run -- $(ARGS)
+	@pyenv=$$(pyenv root 2>/dev/null || true); PATH="$$(printf '%s:' "$$pyenv"/versions/3.*/bin)$$PATH"; \
+	$(BIN)/tox run -- $(ARGS) || { \
+		for cell in $$($(BIN)/tox list -q --no-desc); do \
+			[ -x build/tox/$$cell/bin/python ] || echo "  $$cell: not run, its Python is not on PATH"; \
+		done; exit 1; }
 
 # Data from before the last change of the code counts for nothing: its lines are other lines.
 coverage: $(VENV)/.test ## sum up what make test and make matrix have covered; less than every line and branch fails
 	@mkdir -p build/coverage
 	@find build/coverage -type f ! -newer "$$(find src -name '*.py' -exec ls -t {} + | head -1)" -print -delete \
 	| awk 'END { if (NR) print "Left out: " NR " data files older than the code." }'
-	$(BIN)/coverage combine --quiet --keep --data-file=build/coverage.data build/coverage
-	$(BIN)/coverage report --data-file=build/coverage.data
+	$(BIN)/coverage combine --quiet --keep --data-file=build/data build/coverage
+	$(BIN)/coverage report --data-file=build/data
 
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d build/doctrees docs build/docs

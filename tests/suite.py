@@ -70,14 +70,14 @@ def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
         f"py{'.'.join(map(str, sys.version_info[:2]))}-django{'.'.join(map(str, django.VERSION[:2]))}-{name}"
     )
     COVERAGE.mkdir(parents=True, exist_ok=True)
-    for old in COVERAGE.glob(f"{cell}.*"):
+    for old in COVERAGE.glob(f"data.{cell}.*"):
         old.unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "coverage", "run", "-m", "pytest", *arguments],
         cwd=ROOT,
         env=os.environ
         | {
-            "COVERAGE_FILE": str(COVERAGE / cell),
+            "COVERAGE_FILE": str(COVERAGE / f"data.{cell}"),
             "MODELQUEUE_TEST_DATABASES": json.dumps(servers.databases(server)),
         },
     )
