@@ -88,6 +88,7 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         if not hasattr(cls.save_base, "_modelqueue"):
             cls.refresh_from_db = _loads(cls.refresh_from_db)  # type: ignore[method-assign]
             cls.save_base = _saves(cls.save_base)  # type: ignore[method-assign]
+            cls._save_table = _writes(cls._save_table)  # type: ignore[attr-defined]
 
     # Values
 
@@ -105,11 +106,10 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         return int(value) if isinstance(value, Status) else value
 
     def pre_save(self, model_instance: models.Model, add: bool) -> Any:
-        if add or model_instance._state.adding:
-            return super().pre_save(model_instance, add)
-        if _record(model_instance).get(self.attname) not in ("assigned", "saving"):
+        if _record(model_instance).get(self.attname) == "assigned":
+            _note(model_instance, self.attname, "saved")
+        elif not add and not model_instance._state.adding:
             return _AsStored(self)
-        _note(model_instance, self.attname, "saving")
         return super().pre_save(model_instance, add)
 
     def formfield(self, **options: Any) -> forms.Field | None:
@@ -185,11 +185,12 @@ def _leading_columns(model: type[models.Model]) -> set[str]:
 # "Written only where it was assigned": the bookkeeping
 #
 # An instance keeps a record of the status fields that were assigned since they were loaded. While
-# it is new (`_state.adding`) everything is written anyhow; an INSERT, by save() or bulk_create(),
-# leaves it with the empty record of an instance that was just loaded.
+# it is new (`_state.adding`) everything is written anyhow; after an INSERT, by save() or bulk_create(),
+# nothing is left to be written, as after a load.
 
 _RECORD = "_modelqueue_assigned"
 _LOADING = "_modelqueue_loading"
+_WRITING = "_modelqueue_writing"
 
 #: Key in an instance's __dict__ for a `Watcher`.
 WATCHER = "_modelqueue_watcher"
@@ -208,8 +209,8 @@ class Watcher(Protocol):
 def _record(instance: models.Model) -> dict[str, str]:
     """Return the record of an instance, by attname.
 
-    "assigned": to be written; "saving": being written; "saved": written by this instance, and not
-    loaded or assigned since. What was loaded has no entry.
+    "assigned": to be written; "saved": written by this instance, and not loaded or assigned since.
+    What was loaded has no entry.
     """
     record: dict[str, str] = instance.__dict__.get(_RECORD, {})
     return record
@@ -239,7 +240,7 @@ class StatusAttribute(DeferredAttribute):
         data[name] = value
         if was_loaded:
             _note(instance, name, None)
-        elif not instance._state.adding:
+        elif not instance._state.adding and _WRITING not in data:
             _note(instance, name, "assigned")
 
     def fetch_many(self, instances: Iterable[models.Model]) -> None:
@@ -280,8 +281,9 @@ def is_saved(instance: models.Model, field: models.Field[Any, Any]) -> bool:
     return _record(instance).get(field.attname) == "saved"
 
 
-# Django has no signal for a refresh, and post_save does not tell a save() that failed from one that
-# was never tried, so two methods of the model are wrapped.
+# Django has no signal for a refresh, post_save does not tell a save() that failed from one that was
+# never tried, and nothing tells what a save() sets from what its receivers do, so three methods of the
+# model are wrapped.
 
 
 def _loads(method: Callable[..., None]) -> Callable[..., None]:
@@ -303,24 +305,38 @@ def _loads(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _saves(method: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `save_base`: a status that was written counts as loaded, after a failure as assigned still."""
+    """Wrap `save_base`: after a failure what it should have written is assigned still."""
 
     @functools.wraps(method)
     def save_base(self: models.Model, *args: Any, **kwargs: Any) -> None:
-        saved = False
+        before = _record(self)
         try:
             method(self, *args, **kwargs)
-            saved = True
-        finally:
+        except BaseException:
             for name, entry in _record(self).items():
-                if entry == "saving":
-                    _note(self, name, "saved" if saved else "assigned")
+                if entry == "saved" and before.get(name) == "assigned":
+                    _note(self, name, "assigned")
+            raise
         watcher: Watcher | None = self.__dict__.get(WATCHER)
         if watcher:
             watcher.saved(self, kwargs.get("update_fields"))
 
     save_base._modelqueue = True  # type: ignore[attr-defined]
     return save_base
+
+
+def _writes(method: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap `_save_table`: what it sets is what the database answered (Django 6: for an expression)."""
+
+    @functools.wraps(method)
+    def _save_table(self: models.Model, *args: Any, **kwargs: Any) -> bool:
+        self.__dict__[_WRITING] = True
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop(_WRITING, None)
+
+    return _save_table
 
 
 class ErrorField(_TextField[_ST, _GT]):
