@@ -112,6 +112,11 @@ class StatusField(_BigIntegerField[_ST, _GT]):
             return _AsStored(self)
         return super().pre_save(model_instance, add)
 
+    def save_form_data(self, instance: models.Model, data: Any) -> None:
+        # A form in which nobody touched the status gives back the one that the instance has.
+        if data is not getattr(instance, self.attname):
+            super().save_form_data(instance, data)
+
     def formfield(self, **options: Any) -> forms.Field | None:
         from modelqueue.forms import StatusFormField
 
@@ -231,8 +236,8 @@ class StatusAttribute(DeferredAttribute):
         data = instance.__dict__
         name = self.field.attname
         was_loaded = data.get(_LOADING, False)
-        if not was_loaded and name in data and value is data[name]:
-            # full_clean() and forms assign what they have just read; that is nobody's decision.
+        if not was_loaded and value is not None and value is data.get(name):
+            # full_clean() assigns what it has just read; that is nobody's decision.
             return
         if isinstance(value, int) and not isinstance(value, bool):
             # Always an object of our own, lest a constant that is assigned twice looks unchanged.
