@@ -248,6 +248,14 @@ class StatusAttribute(DeferredAttribute):
         elif not instance._state.adding and _WRITING not in data:
             _note(instance, name, "assigned")
 
+    def __delete__(self, instance: models.Model) -> None:
+        # Django's way to have a field loaded again when it is read next.
+        name = self.field.attname
+        if name not in instance.__dict__:
+            raise AttributeError(f"{type(instance).__name__}.{name} is deferred already.")
+        del instance.__dict__[name]
+        _note(instance, name, None)
+
     def fetch_many(self, instances: Iterable[models.Model]) -> None:
         """Load a deferred status for several instances (Django 6.1: ``FETCH_PEERS``)."""
         instances = list(instances)
