@@ -1,0 +1,187 @@
+"""Measure the how-to "Add a queue to a large table": the files of the page, on a table of a million rows.
+
+    python -m benchmarks.existing_table --rows 1000000 --db postgres
+
+Runs the page's own steps in a project of its own, on a PostgreSQL server that it starts (durable, as
+PostgreSQL is by default). Meanwhile another connection updates one row after the other; the longest
+of these updates tells how long a step has held up the application.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import pages, servers  # noqa: E402
+
+PAGE = pages.DOCS / "howto" / "existing-table.md"
+NAME = "modelqueue_existing_table"
+
+SETTINGS = """
+import json, os
+DATABASES = {"default": json.loads(os.environ["EXISTING_TABLE"])}
+INSTALLED_APPS = ["modelqueue", "photos"]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+SECRET_KEY = "benchmark"
+USE_TZ = True
+"""
+MANAGE = """
+import os, sys
+from django.core.management import execute_from_command_line
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+execute_from_command_line(sys.argv)
+"""
+CLAIM = """
+import time
+import modelqueue
+from photos.models import Photo
+def action(photo):
+    photo.size = len(photo.path)
+times = []
+for _ in range(200):
+    started = time.perf_counter()
+    task = modelqueue.run(Photo.objects.all(), "status", action)
+    times.append(time.perf_counter() - started)
+    assert task.status.state.name == "finished"
+started = time.perf_counter()
+counts = modelqueue.Status.tally(Photo.objects.all(), "status")
+tally = time.perf_counter() - started
+print(sorted(times)[100], tally, counts["waiting"] + counts["finished"])
+"""
+
+
+class Bystander:
+    """Another connection that updates one row after the other, and notes how long that took."""
+
+    def __init__(self, connect: Callable[[], Any], rows: int) -> None:
+        self._stopped = threading.Event()
+        self._connect, self._rows = connect, rows
+        self._thread = threading.Thread(target=self._run)
+        self.longest = 0.0
+
+    def _run(self) -> None:
+        with self._connect() as connection:
+            pk = 0
+            while not self._stopped.wait(0.005):
+                pk = pk % self._rows + 997
+                started = time.perf_counter()
+                connection.execute("UPDATE photos_photo SET path = path WHERE id = %s", [pk])
+                self.longest = max(self.longest, time.perf_counter() - started)
+
+    def __enter__(self) -> Bystander:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def measure(server: dict[str, Any], rows: int) -> dict[str, tuple[float, float]]:
+    """Go through the steps of the page; return the seconds of each and of the longest update meanwhile."""
+    import psycopg
+
+    def connect(name: str = NAME) -> Any:
+        return psycopg.connect(host=server["HOST"], user=server["USER"], dbname=name, autocommit=True)
+
+    with connect("postgres") as admin:
+        admin.execute(f"CREATE DATABASE {NAME}")
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _measure(Path(temporary), {**server, "NAME": NAME}, connect, rows)
+    finally:
+        with connect("postgres") as admin:
+            admin.execute(f"DROP DATABASE {NAME} WITH (FORCE)")
+
+
+def _measure(
+    folder: Path, database: dict[str, Any], connect: Callable[[], Any], rows: int
+) -> dict[str, tuple[float, float]]:
+    environment = os.environ | {
+        "EXISTING_TABLE": json.dumps(database),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "src")]),
+        "DJANGO_SETTINGS_MODULE": "settings",
+    }
+
+    def manage(*arguments: str) -> str:
+        command = [sys.executable, "manage.py", *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    results = {}
+
+    def timed(step: str, *arguments: str) -> str:
+        with Bystander(connect, rows) as bystander:
+            started = time.perf_counter()
+            output = manage(*arguments)
+            results[step] = time.perf_counter() - started, bystander.longest
+        return output
+
+    (folder / "settings.py").write_text(SETTINGS)
+    (folder / "manage.py").write_text(MANAGE)
+    for package in ("photos", "photos/migrations", "photos/management", "photos/management/commands"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+
+    steps = iter(pages.blocks(PAGE, "python", "console"))
+    block = next(steps)
+    block.write(folder)  # the model as it was
+    manage("makemigrations", "photos")
+    manage("migrate")
+    with connect() as connection:
+        connection.execute(
+            "INSERT INTO photos_photo (path) SELECT '/photos/' || n || '.jpg' FROM generate_series(1, %s) n",
+            [rows],
+        )
+        connection.execute("VACUUM ANALYZE photos_photo")
+    results["an empty manage.py"] = 0.0, 0.0
+    timed("an empty manage.py", "migrate", "--plan")
+    for block in steps:
+        if block.file:
+            block.write(folder)
+            continue
+        for line in block.text.splitlines():
+            arguments = line.removeprefix("$ python manage.py ").split()
+            timed(f"{block.line}: {' '.join(arguments)}", *arguments)
+    with connect() as connection:
+        (left,) = connection.execute("SELECT count(*) FROM photos_photo WHERE status IS NULL").fetchone()
+        assert left == 0, f"{left} rows are not enqueued"
+        (valid,) = connection.execute(
+            "SELECT bool_and(indisvalid) FROM pg_index WHERE indexrelid = 'photo_status'::regclass"
+        ).fetchone()
+        assert valid
+    (folder / "claim.py").write_text(CLAIM)
+    median, tally, total = manage("shell", "-v", "0", "-c", "import claim").split()
+    assert int(total) == rows
+    results["claim, action and finish of one task, median of 200"] = float(median), 0.0
+    results["tally"] = float(tally), 0.0
+    assert "No changes detected" in manage("makemigrations", "photos")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--db", default="postgres", help="postgres or, with an installed one, postgres15")
+    options = parser.parse_args()
+    servers.POSTGRESQL_OPTIONS = {}
+    with servers.start(options.db) as server:
+        for step, (seconds, longest) in measure(server, options.rows).items():
+            print(f"{seconds:9.3f} s   longest update meanwhile {longest * 1000:8.1f} ms   {step}")
+
+
+if __name__ == "__main__":
+    main()
