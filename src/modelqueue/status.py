@@ -190,7 +190,7 @@ class Status(int):
 
     @property
     def attempts(self) -> int:
-        """The last digit: how often the task was tried, 0 to 9 (9 stands for more, too)."""
+        """How often the task was tried, 0 to 9, where 9 stands for more, too."""
         return abs(int(self)) % 10
 
     def parse(self) -> tuple[State, dt.datetime | int, int]:
