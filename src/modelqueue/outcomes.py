@@ -208,12 +208,13 @@ def error_text(error: BaseException) -> str:
     text = f"{kind.__module__}.{kind.__qualname__}" + (f": {message}" if message else "")
     if error.__traceback__ is not None:
         text += "\n" + "".join(traceback.format_exception(kind, error, error.__traceback__)).rstrip()
+    # PostgreSQL has no NUL in text, and no database has halves of a surrogate pair.
+    text = text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
     if len(text) > ERROR_LIMIT:
         left_out = "\n[...]\n"
         head = ERROR_LIMIT // 4
         text = text[:head] + left_out + text[-(ERROR_LIMIT - head - len(left_out)) :]
-    # PostgreSQL has no NUL in text, and no database has halves of a surrogate pair.
-    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 def _charged(lease: Status, policy: Policy, now: dt.datetime, delay: Delay | None = None) -> Status:
