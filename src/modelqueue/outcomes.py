@@ -142,7 +142,7 @@ def decide(
             return Outcome("retry", _waiting(lease, lease.attempts, wait, now), error)
         if isinstance(error, Abort):
             return Outcome("abort", _charged(lease, policy, now, error.delay), error)
-    except Exception as wrong_delay:
+    except BaseException as wrong_delay:  # SystemExit too: the row must not stay working
         wrong_delay.__cause__ = error
         error = wrong_delay
     return failed(lease, error, policy, now)
@@ -152,7 +152,7 @@ def failed(lease: Status, error: BaseException, policy: Policy, now: dt.datetime
     """Return the outcome of an attempt that ended with an error, whatever its class."""
     try:
         return Outcome("fail", _charged(lease, policy, now), error)
-    except Exception as wrong_delay:
+    except BaseException as wrong_delay:
         wrong_delay.__cause__ = error
         return Outcome("fail", _waiting(lease, lease.attempts + 1, ZERO_SECS, now), wrong_delay)
 
