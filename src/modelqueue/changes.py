@@ -13,7 +13,8 @@ from django.db import models, router
 from django.db.models.fields.files import FieldFile
 from django.db.models.signals import post_save, pre_save
 
-from modelqueue.fields import WATCHER, StatusField
+from modelqueue.fields import WATCHER, StatusField, is_saved
+from modelqueue.status import Status
 
 __all__ = ["Snapshot", "is_saved_by_plain_update", "save_merged"]
 
@@ -29,8 +30,11 @@ class Snapshot:
     loads from then on is no change, and what the action saves itself is written already.
     """
 
-    def __init__(self, instance: models.Model) -> None:
+    def __init__(self, instance: models.Model, status: models.Field[Any, Any], lease: Status) -> None:
         self._instance = instance
+        self._status = status
+        self.held: Status | None = lease
+        """The status that was last written by this attempt: by its claim, or by a save() of the action."""
         self._values: dict[str, Any] = {}
         self._take(_loaded_fields(instance))
         instance.__dict__[WATCHER] = self
@@ -51,13 +55,15 @@ class Snapshot:
             if update_fields is not None:
                 fields = [f for f in fields if f.name in update_fields or f.attname in update_fields]
             self._take(fields)
+            if is_saved(instance, self._status):
+                self.held = instance.__dict__[self._status.attname]
 
     def _take(self, fields: Fields) -> None:
         for field in fields:
             self._values[field.attname] = _copied(self._instance.__dict__[field.attname])
 
-    def changed(self, but: models.Field[Any, Any]) -> Fields:
-        """Return the fields that the action changed; `but`, the status field, left out.
+    def changed(self) -> Fields:
+        """Return the fields that the action changed, the status field left out.
 
         Raises:
             ValueError: the primary key was changed, so there is no row to write to.
@@ -67,7 +73,7 @@ class Snapshot:
         changed = []
         for field in _loaded_fields(instance):
             value = instance.__dict__[field.attname]
-            if field is but or not _differs(self._values.get(field.attname, _UNREAD), value):
+            if field is self._status or not _differs(self._values.get(field.attname, _UNREAD), value):
                 continue
             if field.primary_key:
                 raise ValueError(

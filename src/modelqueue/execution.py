@@ -27,7 +27,7 @@ from modelqueue.backoff import Delay
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.clock import now
 from modelqueue.engines import Claim, engine_for
-from modelqueue.fields import StatusField, is_assigned, is_saved, set_loaded
+from modelqueue.fields import StatusField, is_assigned, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_datetime
@@ -145,8 +145,11 @@ class _Attempt(Generic[M]):
         self.task = claim.task
         self.engine = engine_for(source.using)
         self.snapshot: Snapshot | None = None
-        self.held: Status | None = claim.lease
-        """What stands in the row as long as the task is ours."""
+
+    @property
+    def held(self) -> Status | None:
+        """What stands in the row as long as the task is ours: the lease, or what the action saved itself."""
+        return self.claim.lease if self.snapshot is None else self.snapshot.held
 
     def run(self, action: Callable[[M], object]) -> M | None:
         error = self.claim.error if self.task is None else self.act(action, self.task)
@@ -161,7 +164,7 @@ class _Attempt(Generic[M]):
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action; return what it raised, or None."""
         try:
-            self.snapshot = Snapshot(task)
+            self.snapshot = Snapshot(task, self.source.field, self.claim.lease)
             self.tell(signals.task_claimed, status=self.claim.lease)
             if self.is_inside_transaction():
                 return self.call_in_savepoint(action, task)
@@ -208,13 +211,9 @@ class _Attempt(Generic[M]):
         if error is None and task is not None and self.is_assigned_by_action(task):
             value = task.__dict__[field.attname]
             try:
-                outcome = assigned(value, field.null)
+                return assigned(value, field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
-            else:
-                if is_saved(task, field):  # by a save() of the action's own
-                    self.held = outcome.status
-                return outcome
         return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
 
     def is_assigned_by_action(self, task: M) -> bool:
@@ -247,7 +246,7 @@ class _Attempt(Generic[M]):
         Can be repeated: once written, it finds that the task is not ours any more.
         """
         task = self.task
-        changed = [] if snapshot is None else snapshot.changed(but=self.source.field)
+        changed = [] if snapshot is None else snapshot.changed()
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write = functools.partial(self.write_status, outcome)
         else:

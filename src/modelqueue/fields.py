@@ -74,6 +74,9 @@ class StatusField(_BigIntegerField[_ST, _GT]):
 
     def deconstruct(self) -> tuple[str, str, Sequence[Any], dict[str, Any]]:
         name, _, args, options = super().deconstruct()
+        for option in ("default", "db_default"):
+            if isinstance(options.get(option), Status):
+                options[option] = int(options[option])  # a migration would say Status(...) and not import it
         return name, "django.db.models.BigIntegerField", args, options
 
     def clone(self) -> StatusField[_ST, _GT]:
