@@ -1,5 +1,7 @@
 """Models of the test suite. Their tables are made without migrations."""
 
+import uuid
+
 from django.db import models
 
 import modelqueue
@@ -52,3 +54,95 @@ class PlainJob(models.Model):
 
     title = models.CharField(max_length=100, blank=True)
     status = models.BigIntegerField(null=True, blank=True, db_index=True)
+
+
+class AbstractPaper(models.Model):
+    """What an action can change; every subclass is written in another way."""
+
+    title = models.CharField(max_length=100, blank=True)
+    pages = models.IntegerField(default=0)
+    facts = models.JSONField(default=dict)
+    project = models.ForeignKey(Project, models.SET_NULL, null=True, blank=True)
+    status = modelqueue.StatusField()
+    error = modelqueue.ErrorField()
+
+    class Meta:
+        abstract = True
+
+
+class Paper(AbstractPaper):
+    """A plain UPDATE of its status is as good as a save()."""
+
+    scan = models.FileField(null=True, blank=True)
+
+
+class StampedPaper(AbstractPaper):
+    edited = models.DateTimeField(auto_now=True)
+
+
+class ShoutingPaper(AbstractPaper):
+    """Its own save() computes a column, and refuses some rows."""
+
+    shout = models.CharField(max_length=100, blank=True)
+
+    def save(self, *args, **kwargs):
+        if self.title == "unsavable":
+            raise RuntimeError("this row can not be saved")
+        self.shout = self.title.upper()
+        super().save(*args, **kwargs)
+
+
+class PickyField(models.CharField):
+    """A column from which one value can not be loaded."""
+
+    def from_db_value(self, value, expression, connection):
+        if value == "unreadable":
+            raise ValueError("this value can not be read")
+        return value
+
+
+class PickyPaper(models.Model):
+    title = PickyField(max_length=100, blank=True)
+    status = modelqueue.StatusField()
+    error = modelqueue.ErrorField()
+
+
+class Attachment(models.Model):
+    """A child row: its foreign key takes a lock on the paper."""
+
+    paper = models.ForeignKey(Paper, models.CASCADE, related_name="attachments")
+    name = models.CharField(max_length=100, blank=True)
+
+
+class ReviewedTask(Task):
+    """The text of a failure is in the table of the child, the status in that of the parent."""
+
+    verdict = models.CharField(max_length=100, blank=True)
+    error = modelqueue.ErrorField()
+
+
+class UuidTask(models.Model):
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4)
+    status = modelqueue.StatusField()
+
+
+class TextTask(models.Model):
+    name = models.CharField(max_length=100, primary_key=True)
+    status = modelqueue.StatusField()
+
+
+if hasattr(models, "CompositePrimaryKey"):  # Django 5.2
+
+    class CompositeTask(models.Model):
+        pk = models.CompositePrimaryKey("tenant", "number")
+        tenant = models.IntegerField()
+        number = models.IntegerField()
+        title = models.CharField(max_length=100, blank=True)
+        status = modelqueue.StatusField()
+
+
+class Ledger(models.Model):
+    """Each run of an action adds a row: who ran which task."""
+
+    task = models.BigIntegerField()
+    worker = models.CharField(max_length=100, blank=True)
