@@ -157,7 +157,11 @@ def _field_of_type(
 ) -> models.Field[Any, Any]:
     if not isinstance(name, str):
         raise TypeError(f"A field is given by its name, a str, not by {name!r}.")
-    candidates = sorted(field.name for field in model._meta.concrete_fields if isinstance(field, kind))
+    candidates = sorted(
+        field.name
+        for field in model._meta.concrete_fields
+        if isinstance(field, kind) and not isinstance(field, models.AutoField)  # as BigAutoField is
+    )
     has = f"{model.__name__} has " + (
         f"the fields {', '.join(candidates)}." if candidates else "none: add one."
     )
@@ -167,7 +171,7 @@ def _field_of_type(
         raise ValueError(
             f"{model.__name__} has no field {name!r}, which should be {wanted}. Of that kind {has}"
         ) from None
-    if not isinstance(field, kind):
+    if not isinstance(field, kind) or isinstance(field, models.AutoField):
         raise TypeError(
             f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. Of that kind {has}"
         )
@@ -177,7 +181,7 @@ def _field_of_type(
 def _check_claimable(rows: models.QuerySet[Any]) -> None:
     query = rows.query
     if query.combinator:
-        what, why = f"a {query.combinator}", "its rows can not be locked"
+        what, why = f"{query.combinator}()", "its rows can not be locked"
     elif query.is_sliced:
         what, why = "a slice", "a claim takes the first rows itself"
     elif query.distinct:
