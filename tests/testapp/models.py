@@ -1,6 +1,7 @@
 """Models of the test suite. Their tables are made without migrations."""
 
 import uuid
+from typing import Any
 
 from django.db import models
 
@@ -85,17 +86,17 @@ class ShoutingPaper(AbstractPaper):
 
     shout = models.CharField(max_length=100, blank=True)
 
-    def save(self, *args, **kwargs):
+    def save(self, *args: Any, **kwargs: Any) -> None:
         if self.title == "unsavable":
             raise RuntimeError("this row can not be saved")
         self.shout = self.title.upper()
         super().save(*args, **kwargs)
 
 
-class PickyField(models.CharField):
+class PickyField(models.CharField):  # type: ignore[type-arg]
     """A column from which one value can not be loaded."""
 
-    def from_db_value(self, value, expression, connection):
+    def from_db_value(self, value: str, *args: Any) -> str:
         if value == "unreadable":
             raise ValueError("this value can not be read")
         return value
