@@ -14,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
-_FENCE = re.compile(r"^(?P<fence>```+)(?P<language>[\w-]+)\n(?P<text>.*?)^(?P=fence)$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?P<fence>```+)(?P<language>[\w-]+)\n(?P<text>.*?)^(?P=fence)$", re.DOTALL | re.MULTILINE
+)
 _FILE = re.compile(r"# (?P<path>[\w./-]+\.\w+)(?P<append>, at the end)?\n")
 
 

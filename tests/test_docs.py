@@ -1,0 +1,410 @@
+"""The documentation is true: its code runs, and it names everything that is public, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import inspect
+import logging
+import re
+import signal
+import sys
+import time
+import types
+import unittest
+from typing import Any, get_args
+
+import pytest
+from django.core.files.base import ContentFile
+from django.db import connection, models
+from django.test.utils import isolate_apps
+
+import modelqueue
+from modelqueue import State, Status, backoff
+from modelqueue.outcomes import Ending
+from tests import pages
+from tests.testapp.models import Task
+
+REFERENCE = pages.DOCS / "reference"
+PYTHON_PAGES = [page for page in pages.pages() if pages.blocks(page, "python", "pycon")]
+#: Files of a real project, run as such elsewhere.
+RUN_AS_A_PROJECT = {"docs/tutorial/index.md", "docs/howto/existing-table.md"}
+
+
+def name_of(page: Any) -> str:
+    return page.relative_to(pages.ROOT).as_posix()
+
+
+# Code
+
+
+class _Idle(Exception):  # noqa: N818
+    """An endless loop has found nothing to do."""
+
+
+class Reader:
+    """Does what a page says, block by block: a namespace, an app for its models, and their tables."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        # Django takes the app of a model from the name of its module.
+        self.names: dict[str, Any] = {
+            "__name__": "tests.testapp.page",
+            "models": models,
+            "modelqueue": modelqueue,
+        }
+        self.tables: list[type[models.Model]] = []
+
+    def read(self) -> None:
+        for block in pages.blocks(self.page, "python", "pycon"):
+            if block.is_doctest:
+                self.check(block)
+            else:
+                self.run(block)
+
+    def run(self, block: pages.Block) -> None:
+        # Statement by statement, so that a model has its table when the next one uses it.
+        for statement in ast.parse("\n" * (block.line - 1) + block.text, str(block.page)).body:
+            code = compile(ast.Module([statement], []), str(block.page), "exec")
+            with contextlib.suppress(_Idle):
+                exec(code, self.names)
+            self.make_tables()
+        if block.module is not None:
+            self.make_module(block.module)
+
+    def check(self, block: pages.Block) -> None:
+        example = doctest.DocTestParser().get_doctest(
+            block.text, self.names, name_of(block.page), str(block.page), block.line - 1
+        )
+        output: list[str] = []
+        doctest.DocTestRunner().run(example, out=output.append, clear_globs=False)
+        assert not output, "".join(output)
+        self.names.update(example.globs)
+
+    def make_tables(self) -> None:
+        for model in list(self.names.values()):
+            if (
+                isinstance(model, type)
+                and issubclass(model, models.Model)
+                and model.__module__ == "tests.testapp.page"
+                and model not in self.tables
+            ):
+                with connection.schema_editor() as editor:
+                    editor.create_model(model)
+                self.tables.append(model)
+
+    def make_module(self, name: str) -> None:
+        """Make the names of a file importable by the files after it."""
+        module = sys.modules.setdefault(name, types.ModuleType(name))
+        module.__dict__.update({key: value for key, value in self.names.items() if key[:2] != "__"})
+        while "." in name:
+            name, _, child = name.rpartition(".")
+            package = sys.modules.setdefault(name, types.ModuleType(name))
+            package.__path__ = []
+            setattr(package, child, module)
+            module = package
+
+
+@contextlib.contextmanager
+def reader(page: Any, monkeypatch: pytest.MonkeyPatch):
+    """A reader of a page, who leaves nothing behind."""
+    patient = time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds >= 1:
+            raise _Idle
+        patient(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    modules = set(sys.modules)
+    handlers = list(logging.getLogger("modelqueue").handlers)
+    level, propagate = logging.getLogger("modelqueue").level, logging.getLogger("modelqueue").propagate
+    receivers = {one: list(one.receivers) for one in SIGNALS.values()}
+    one = Reader(page)
+    with isolate_apps("tests.testapp"):
+        try:
+            yield one
+        finally:
+            for model in reversed(one.tables):
+                with connection.schema_editor() as editor:
+                    editor.delete_model(model)
+            for name in set(sys.modules) - modules:
+                if sys.modules[name].__spec__ is None:
+                    del sys.modules[name]
+            logger = logging.getLogger("modelqueue")
+            logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+            logger.manager._clear_cache()
+            for one_signal, before in receivers.items():
+                one_signal.receivers = before
+                one_signal.sender_receivers_cache.clear()
+
+
+SIGNALS = {
+    name: getattr(modelqueue, name)
+    for name in ("task_claimed", "task_finished", "task_recovered", "lease_lost")
+}
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "page", [page for page in PYTHON_PAGES if name_of(page) not in RUN_AS_A_PROJECT], ids=name_of
+)
+def test_code_on_page_runs(page, monkeypatch, settings, tmp_path):
+    settings.MEDIA_ROOT = tmp_path
+    if name_of(page) == "docs/howto/unique.md" and not connection.features.supports_partial_indexes:
+        pytest.skip("needs constraints with a condition")
+    with reader(page, monkeypatch) as one:
+        if name_of(page) == "docs/index.md":  # an excerpt of the README
+            import hashlib
+
+            one.names.update(hashlib=hashlib, time=time)
+        one.read()
+        check = CHECKS.get(name_of(page))
+        if check:
+            check(one.names)
+
+
+def check_readme(names: dict[str, Any]) -> None:
+    upload = names["Upload"].objects.create(file=ContentFile(b"hello", "hello.txt"))
+    with pytest.raises(_Idle):
+        names["Command"]().handle()
+    upload.refresh_from_db()
+    assert upload.status.state == State.finished
+    assert upload.sha256.startswith("2cf24dba")
+
+
+def check_production(names: dict[str, Any]) -> None:
+    """SIGTERM during an action: the task is finished, no other is begun, and the command ends."""
+    uploads = names["Upload"].objects
+    for name in ("one", "two"):
+        uploads.create(file=ContentFile(b"hello", name))
+    act = names["hash_upload"]
+
+    def hash_upload(upload: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        act(upload)
+
+    names["hash_upload"] = hash_upload
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        names["Command"]().handle()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert Status.tally(uploads, "status") == {
+        "created": 0, "waiting": 1, "working": 0, "finished": 1, "canceled": 0
+    }  # fmt: skip
+
+
+def check_testing(names: dict[str, Any]) -> None:
+    """The tests of the page pass."""
+    classes = [one for one in names.values() if isinstance(one, type) and issubclass(one, unittest.TestCase)]
+    suite = unittest.TestSuite(
+        unittest.defaultTestLoader.loadTestsFromTestCase(one)
+        for one in classes
+        if one.__module__ == names["__name__"]
+    )
+    result = unittest.TestResult()
+    suite.run(result)
+    assert result.testsRun == 5
+    assert result.wasSuccessful(), result.errors + result.failures
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/howto/production.md": check_production,
+    "docs/howto/testing.md": check_testing,
+}
+
+
+def test_every_block_of_code_is_run_somewhere():
+    languages = {block.language for page in pages.pages() for block in pages.blocks(page)}
+    assert languages <= {
+        "python",
+        "pycon",
+        "console",
+        "text",
+        "sql",
+        "ini",
+        "eval-rst",
+        "toctree",
+        "glossary",
+        "include",
+    }
+
+
+@pytest.mark.vendor("postgresql")
+@pytest.mark.django_db
+def test_queue_is_added_to_a_table_with_rows(settings):
+    from benchmarks.existing_table import measure
+
+    server = connection.settings_dict
+    results = measure({key: server[key] for key in ("ENGINE", "HOST", "USER")}, rows=6000)
+    assert len(results) == 8
+
+
+def test_package_docstring_runs_without_apps():
+    import subprocess
+
+    code = "import doctest, modelqueue; raise SystemExit(doctest.testmod(modelqueue).failed)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=pages.ROOT)
+
+
+# The reference
+
+
+def reference() -> str:
+    return "\n".join(page.read_text() for page in sorted(REFERENCE.glob("*.md")))
+
+
+def entries() -> set[str]:
+    directive = r"^ *\.\. (?:auto(?:function|class|exception)|py:data):: modelqueue\.([\w.]+)$"
+    return set(re.findall(directive, reference(), re.MULTILINE))
+
+
+def test_reference_names_every_public_name_and_no_other():
+    public = {name for name in modelqueue.__all__ if name != "backoff"}
+    public |= {f"backoff.{name}" for name in backoff.__all__}
+    public |= {"__title__", "__version__"}
+    assert entries() == public
+
+
+@pytest.mark.parametrize("cls", [State, Status])
+def test_reference_names_every_attribute_of(cls):
+    text = (REFERENCE / "status.md").read_text()
+    start = text.index(f"autoclass:: modelqueue.{cls.__name__}\n")
+    own = re.split(r"\n(?=\.\. |```)", text[start:])[0]
+    named = re.findall(r"\.\. (?:py:attribute|automethod|autoproperty):: (\w+)", own)
+    public = {name for name in {**vars(cls), **cls.__annotations__} if not name.startswith("_")}
+    assert set(named) == public
+    assert len(named) == len(set(named))
+
+
+def test_everything_public_has_a_docstring():
+    for name in entries():
+        value: Any = modelqueue
+        for part in name.split("."):
+            value = getattr(value, part)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert inspect.getdoc(value), name
+    for cls in (State, Status):
+        for name, member in vars(cls).items():
+            if not name.startswith("_") and (callable(member) or isinstance(member, (property, classmethod))):
+                assert inspect.getdoc(getattr(cls, name)), name
+
+
+def test_each_system_check_has_its_paragraph():
+    source = "".join(path.read_text() for path in (pages.ROOT / "src/modelqueue").rglob("*.py"))
+    ids = set(re.findall(r'id="(modelqueue\.[EIW]\d+)"', source))
+    assert ids
+    paragraphs = re.findall(
+        r"^## (modelqueue\.\w+)\n\n\w", (REFERENCE / "checks.md").read_text(), re.MULTILINE
+    )
+    assert paragraphs == sorted(ids)
+
+
+def table_after(text: str, header: str) -> list[list[str]]:
+    """Return the cells of each row of the table that begins with a header."""
+    lines = text[text.index(header) :].splitlines()[2:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines[: next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    ]
+
+
+@pytest.fixture
+def events(transactional_db):
+    """Each signal with what its receivers get, and its log record: a queue in which everything happens."""
+    sent: dict[str, dict[str, Any]] = {}
+    records: dict[str, logging.LogRecord] = {}
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records[getattr(record, "event", "")] = record
+
+    handler, logger = Handler(), logging.getLogger("modelqueue")
+    receivers = {}
+    for name, one in SIGNALS.items():
+
+        def receive(name: str = name, **arguments: Any) -> None:
+            sent[name] = arguments
+
+        receivers[name] = receive
+        one.connect(receive)
+    logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        Task.objects.create(status=Status.working(0))
+        modelqueue.run(Task.objects.all(), "status", lambda task: None)
+        Task.objects.create()
+        modelqueue.run(Task.objects.all(), "status", lambda task: Task.objects.filter(pk=task.pk).delete())
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        for name, one in SIGNALS.items():
+            one.disconnect(receivers[name])
+    return sent, records
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal_has_its_arguments_in_the_reference(name, events):
+    text = (REFERENCE / "signals.md").read_text()
+    common = {re.sub("`", "", row[0]) for row in table_after(text, "| argument | |")}
+    own: dict[str, set[str]] = {}
+    for row in table_after(text, "| signal | argument | |"):
+        signal_name = row[0].strip("`") or signal_name  # noqa: F821  (an empty cell means: as above)
+        own.setdefault(signal_name, set()).update(re.findall(r"\w+", row[1]))
+    assert set(events[0][name]) - {"signal"} == common | own[name]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_log_line_has_its_keys_in_the_reference(name, events):
+    text = (REFERENCE / "logging.md").read_text()
+    documented = {row[0].strip("`") for row in table_after(text, "| key | |")}
+    plain = set(vars(logging.makeLogRecord({})))
+    assert set(vars(events[1][name])) - plain - {"message"} == documented
+
+
+def test_every_outcome_is_explained():
+    words = {f"`{word}`" for word in get_args(Ending)}
+    table = table_after((pages.DOCS / "explanation/outcomes.md").read_text(), "| the action |")
+    assert words <= {row[-1] for row in table}
+    signals = (REFERENCE / "signals.md").read_text()
+    assert all(f'"{word}"' in signals for word in get_args(Ending))
+
+
+# Links
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub and MyST make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def anchors(page: Any) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {anchor(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", pages.pages(), ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name_of(page)} links to {target}"
+        if fragment:
+            assert fragment in anchors(linked), f"{name_of(page)} links to {target}"
+
+
+def test_every_page_is_in_the_contents():
+    listed = {pages.DOCS / "index.md"}
+    for page in pages.DOCS.rglob("*.md"):
+        for block in re.findall(r"^```{toctree}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            names = [line for line in block.splitlines() if line and not line.startswith(":")]
+            listed |= {page.parent / f"{name}.md" for name in names}
+    assert listed == set(pages.DOCS.rglob("*.md"))
