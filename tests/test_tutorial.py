@@ -1,0 +1,218 @@
+"""The tutorial works: its commands and files, taken from the page, on the built wheel, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+from tests import pages
+
+PAGE = pages.DOCS / "tutorial" / "index.md"
+
+#: What a reader checks in the browser.
+ADMIN = """
+from django.contrib.auth.models import User
+from django.test import Client
+from django.test.utils import setup_test_environment
+setup_test_environment()
+client = Client()
+client.force_login(User.objects.get(username="admin"))
+page = client.get("/admin/documents/document/?status_queue=canceled")
+assert page.status_code == 200, page.status_code
+(document,) = page.context["cl"].queryset
+assert b"canceled; now; 2 attempts" in page.content or b"ago; 2 attempts" in page.content
+form = client.get(f"/admin/documents/document/{document.pk}/change/")
+assert b"there is nothing to count" in form.content
+values = {name: form.context["adminform"].form[name].value() or "" for name in ("text", "words", "status")}
+values |= {"initial-status": values["status"], "text": "five words are enough here"}
+answer = client.post(f"/admin/documents/document/{document.pk}/change/", values)
+assert answer.status_code == 302, answer.content
+chosen = {"action": "make_status_state_waiting", "_selected_action": [document.pk]}
+answer = client.post("/admin/documents/document/", chosen)
+assert answer.status_code == 302, answer.content
+print("the admin works")
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from the checkout without asking an index for anything."""
+    folder = tmp_path_factory.mktemp("wheel")
+    here = [Path(sys.executable).parent, pages.ROOT / ".venv" / "bin"]
+    uv = shutil.which("uv", path=os.pathsep.join([*map(str, here), os.environ.get("PATH", "")]))
+    assert uv, "the tutorial is tested with the wheel, which uv builds: python -m pip install uv"
+    subprocess.run(
+        [uv, "build", "--wheel", "--offline", "--out-dir", str(folder), str(pages.ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.glob("modelqueue-*.whl")
+    return built
+
+
+class Reader:
+    """Types what the tutorial says. Loops run beside; before the next command they are stopped by Ctrl-C."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder = folder
+        self.wheel = wheel
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(
+                ("DJANGO", "MODELQUEUE", "COV", "PYTHON", "PYTEST", "VIRTUAL_ENV", "UV_", "PIP_")
+            )
+        }
+        # The wheel comes from the folder where it was built, and no index is asked.
+        self.environment |= {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(wheel.parent),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "DJANGO_SUPERUSER_PASSWORD": "secret",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.loops: list[subprocess.Popen[str]] = []
+        self.output: list[str] = []
+
+    def read(self) -> None:
+        try:
+            for block in pages.blocks(PAGE, "python", "console"):
+                if block.file:
+                    block.write(self.folder)
+                else:
+                    self.type(block)
+        finally:
+            for loop in self.loops:
+                loop.kill()
+                loop.communicate()
+
+    def type(self, block: pages.Block) -> None:
+        printed = ""
+        for line in block.text.splitlines():
+            if line.startswith("$ "):
+                printed = self.command(line.removeprefix("$ "))
+            else:
+                assert line in printed.splitlines(), f"line {block.line}: {printed}"
+
+    def command(self, line: str) -> str:
+        match line.split()[:3]:
+            case ["cd", folder]:
+                self.folder = self.folder / folder
+                return ""
+            case [".", ".venv/bin/activate"]:
+                scripts = self.folder / ".venv" / ("Scripts" if os.name == "nt" else "bin")
+                path = self.environment["PATH"].split(os.pathsep)
+                self.environment["PATH"] = os.pathsep.join(dict.fromkeys([str(scripts), *path]))
+                return ""
+            case ["python", "manage.py", "count_words"]:
+                self.loops.append(self.start(line))
+                return ""
+            case ["python", "manage.py", "runserver"]:
+                return self.call(["python", "manage.py", "shell", "-c", ADMIN])
+        self.stop_loops()
+        if "createsuperuser" in line:
+            line += " --noinput"
+        printed = self.call(line)
+        if "-m venv" in line:
+            self.lend_django()
+        return printed
+
+    def call(self, command: str | list[str]) -> str:
+        if isinstance(command, list):
+            command[0] = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
+        done = subprocess.run(
+            command,
+            shell=isinstance(command, str),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        return done.stdout
+
+    def start(self, line: str) -> subprocess.Popen[str]:
+        command = line.split()
+        command[0] = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
+        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **flags,
+        )
+
+    def stop_loops(self) -> None:
+        """Wait until nothing is left to do, press Ctrl-C in each terminal, and keep what was printed."""
+        if not self.loops:
+            return
+        question = (
+            "from documents.models import Document;"
+            "print(Document.objects.filter(status__state__in=['waiting', 'working']).count())"
+        )
+        deadline = time.monotonic() + 60
+        while self.call(["python", "manage.py", "shell", "-c", question]).split()[-1] != "0":
+            assert time.monotonic() < deadline, "the queue is not drained"
+            time.sleep(0.2)
+        for loop in self.loops:
+            loop.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+        for loop in self.loops:
+            printed, _ = loop.communicate(timeout=30)
+            assert os.name == "nt" or loop.returncode == 0, printed
+            self.output.append(printed)
+        self.loops = []
+
+    def lend_django(self) -> None:
+        """Let the new environment have the Django of this one, as if an index had been asked for it."""
+        names = ["Django", "asgiref", "sqlparse", "typing_extensions", "tzdata"]
+        lent = self.folder.parent / "lent"
+        lent.mkdir()
+        for name in names:
+            try:
+                files = distribution(name).files or []
+            except PackageNotFoundError:
+                continue
+            for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+                source = Path(sysconfig.get_path("purelib")) / top
+                if os.name != "nt":
+                    (lent / top).symlink_to(source)
+                elif source.is_dir():
+                    shutil.copytree(source, lent / top)
+                else:
+                    shutil.copy(source, lent / top)
+        (packages,) = (self.folder / ".venv").glob(
+            "Lib/site-packages" if os.name == "nt" else "lib/*/site-packages"
+        )
+        (packages / "lent.pth").write_text(f"{lent}\n")
+
+
+@pytest.mark.vendor("sqlite")
+def test_tutorial_ends_in_a_working_queue(wheel, tmp_path):
+    reader = Reader(tmp_path, wheel)
+    reader.read()
+
+    installed = reader.call(["python", "-c", "import modelqueue; print(modelqueue.__file__)"])
+    assert str(tmp_path) in installed
+    printed = "".join(reader.output)
+    assert printed.count("failed: there is nothing to count") == 2
+    assert printed.count(" words\n") == 9
+    assert all(" words\n" in output for output in reader.output), "only one of the two workers had a task"
+
+    # The document that was mended in the admin.
+    reader.command("python manage.py count_words")
+    reader.stop_loops()
+    assert "document 1: 5 words" in reader.output[-1]
