@@ -34,20 +34,23 @@ class StatusFormField(forms.IntegerField):
         # A widget renders str(value), which for a Status is words.
         return int(value) if isinstance(value, Status) else value
 
+    def to_python(self, value: Any) -> int | None:
+        return super().to_python(self.prepare_value(value))
+
     def clean(self, value: Any) -> Status | None:
         number = super().clean(value)
         instance = getattr(self._bound and self._bound.form, "instance", None)
-        if instance is not None and not instance._state.adding and self._left_as_rendered(value):
+        if instance is not None and not instance._state.adding and self._left_as_rendered(value, number):
             stored: Status | None = getattr(instance, self._bound.name)  # type: ignore[union-attr]
             return stored
         return None if number is None else Status(number)
 
-    def _left_as_rendered(self, value: Any) -> bool:
+    def _left_as_rendered(self, value: Any, number: int | None) -> bool:
         bound = self._bound
-        if bound is None or self.disabled:
+        if bound is None or self.disabled or value is None:  # None: the page had no such input
             return True
         widget = self.hidden_widget()
         rendered = widget.value_from_datadict(bound.form.data, bound.form.files, bound.html_initial_name)
         if rendered is None:  # a template of the user's own, without the hidden input
-            rendered = self.prepare_value(bound.initial)
-        return str(value) == ("" if rendered is None else str(rendered))
+            return bool(number == bound.initial)
+        return bool(value == rendered)
