@@ -29,7 +29,7 @@ def job():
 
 def rendered(job, form_class=JobForm, **options):
     """What the browser holds after it has been shown the form of a job."""
-    return form_data(str(form_class(instance=Job.objects.get(pk=job.pk), **options)))
+    return form_data(form_class(instance=Job.objects.get(pk=job.pk), **options).as_div())
 
 
 def post(job, data, form_class=JobForm, **options):
@@ -121,7 +121,7 @@ def test_form_that_is_shown_again_with_errors_still_knows_what_it_was_rendered_w
     Job.objects.update(status=FINISHED)
     refused = JobForm(data | {"review_status": "soon"}, instance=Job.objects.get())
     assert list(refused.errors) == ["review_status"]
-    again = form_data(str(refused))
+    again = form_data(refused.as_div())
     assert again["initial-status"] == again["status"] == str(WAITING)
     post(job, again | {"review_status": str(CANCELED)})
     assert stored() == (FINISHED, CANCELED)
@@ -141,7 +141,7 @@ def test_formset_changes_what_was_edited(job):
     Job.objects.update(project=project)
     Job.objects.create(project=project, status=WAITING)
     formset = forms.inlineformset_factory(Project, Job, fields=["title", "status", "review_status"], extra=0)
-    data = form_data(str(formset(instance=project)))
+    data = form_data(formset(instance=project).as_div())
     Job.objects.update(status=FINISHED, review_status=FINISHED)
     bound = formset(data | {"job_set-1-status": str(CANCELED)}, instance=project)
     assert bound.is_valid(), bound.errors
@@ -154,7 +154,7 @@ def test_formset_changes_what_was_edited(job):
 
 
 def test_form_of_a_new_row_writes_the_default_that_it_showed():
-    data = form_data(str(JobForm()))
+    data = form_data(JobForm().as_div())
     form = JobForm(data | {"title": "new"})
     assert form.is_valid(), form.errors
     form.save()
@@ -164,7 +164,7 @@ def test_form_of_a_new_row_writes_the_default_that_it_showed():
 
 @pytest.mark.parametrize("initial", [WAITING, Status(WAITING), lambda: Status(WAITING)])
 def test_initial_may_be_a_status_or_its_number(initial):
-    data = form_data(str(JobForm(initial={"status": initial})))
+    data = form_data(JobForm(initial={"status": initial}).as_div())
     assert data["status"] == data["initial-status"] == str(WAITING)
     form = JobForm(data)
     assert form.is_valid(), form.errors
@@ -251,7 +251,7 @@ def test_form_of_an_inherited_model_changes_nothing_when_untouched():
             model = PrintJob
 
     job = PrintJob.objects.create(status=WAITING)
-    data = form_data(str(PrintForm(instance=job)))
+    data = form_data(PrintForm(instance=job).as_div())
     PrintJob.objects.update(status=FINISHED)
     PrintForm(data, instance=PrintJob.objects.get()).save()
     assert stored() == (FINISHED, None)
@@ -265,7 +265,9 @@ def test_form_field_stands_alone():
     assert form.is_valid()
     assert type(form.cleaned_data["status"]) is Status
     assert PlainForm({"status": ""}).fields["status"].clean("") is None
-    assert form_data(str(PlainForm(initial={"status": Status(WAITING)})))["initial-status"] == str(WAITING)
+    assert form_data(PlainForm(initial={"status": Status(WAITING)}).as_div())["initial-status"] == str(
+        WAITING
+    )
 
 
 def test_field_with_choices_makes_an_ordinary_choice_field():
