@@ -160,8 +160,13 @@ def _differs(before: Any, after: Any) -> bool:
         return before != after.name or not after._committed  # type: ignore[attr-defined]
     if type(before) is not type(after) or _is_expression(after):
         return before is not after
+    # Item by item, as to Python {"done": 0} and {"done": False} are equal, but not to JSON.
+    if isinstance(after, dict):
+        return before.keys() != after.keys() or any(_differs(before[key], after[key]) for key in after)
+    if isinstance(after, (list, tuple)):
+        return len(before) != len(after) or any(map(_differs, before, after))
     try:
-        return bool(before != after)
+        return before is not after and bool(before != after)  # the first for NaN, which equals nothing
     except Exception:  # arrays, for example, do not compare to one bool; writing too much is safe
         return True
 
