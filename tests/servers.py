@@ -54,10 +54,13 @@ def databases(server: dict[str, Any] = SQLITE) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def start(name: str, durable: bool = False) -> Iterator[dict[str, Any]]:
+def start(name: str, durable: bool = False, keep: Path | None = None) -> Iterator[dict[str, Any]]:
     """Run the named database server and yield how Django connects to it.
 
-    A benchmark asks for durable commits, as they are in production; PostgreSQL knows the difference here.
+    Two arguments concern PostgreSQL only. A benchmark asks for durable commits, as they are in production.
+    Who wants the data back the next time names a folder to `keep` it in: it is copied from there at the
+    start, if it exists, and to there at the end. The server itself needs a folder that its user may enter,
+    with a path that is short enough for a socket.
     """
     if name == "sqlite":
         yield SQLITE
@@ -65,11 +68,11 @@ def start(name: str, durable: bool = False) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         if name == "postgres":
-            server = _postgresql(folder, _packaged_postgresql(folder), durable)
+            server = _postgresql(folder, _packaged_postgresql(folder), durable, keep)
         elif name == "mariadb":
             server = _mariadb(folder)
         elif name.startswith("postgres") and name[8:].isdigit():
-            server = _postgresql(folder, _installed_postgresql(name[8:]), durable)
+            server = _postgresql(folder, _installed_postgresql(name[8:]), durable, keep)
         else:
             raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
         with server as connection:
@@ -100,10 +103,19 @@ def _installed_postgresql(major: str) -> Path:
 
 
 @contextmanager
-def _postgresql(folder: Path, binaries: Path, durable: bool) -> Iterator[dict[str, Any]]:
+def _postgresql(
+    folder: Path, binaries: Path, durable: bool, keep: Path | None = None
+) -> Iterator[dict[str, Any]]:
     owner = _owner(folder, "postgres", "nobody")
     data = folder / "data"
-    _run(binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync", **owner)
+    initdb = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
+    if keep is not None and keep.exists():
+        shutil.copytree(keep, data)
+        if owner:
+            for path in (data, *data.rglob("*")):
+                shutil.chown(path, owner["user"], owner["group"])
+    else:
+        _run(*initdb, **owner)
     options = {"listen_addresses": "''", "unix_socket_directories": str(folder), "max_connections": "200"}
     if not durable:
         options |= POSTGRESQL_NOT_DURABLE
@@ -112,7 +124,10 @@ def _postgresql(folder: Path, binaries: Path, durable: bool) -> Iterator[dict[st
     try:
         yield {**POSTGRESQL, "HOST": str(folder)}
     finally:
-        _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", **owner)
+        _run(binaries / "pg_ctl", "-D", data, "-m", "fast" if keep else "immediate", "-w", "stop", **owner)
+        if keep is not None:
+            shutil.rmtree(keep, ignore_errors=True)
+            shutil.copytree(data, keep)
 
 
 @contextmanager
