@@ -1,0 +1,5 @@
+"""Not valid Python: the parenthesis is never closed. Workers of the demo fail on it."""
+
+
+def forget(what:
+    return what
