@@ -207,20 +207,21 @@ class _Attempt(Generic[M]):
     # Decide
 
     def decide(self, error: BaseException | None) -> Outcome:
-        task, field = self.task, self.source.field
-        if error is None and task is not None and self.is_assigned_by_action(task):
-            value = task.__dict__[field.attname]
+        if error is None and self.task is not None:
+            value = self.assigned_by_action(self.task)
             try:
-                return assigned(value, field.null)
+                if value != self.claim.lease:
+                    return assigned(value, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
         return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
 
-    def is_assigned_by_action(self, task: M) -> bool:
+    def assigned_by_action(self, task: M) -> Any:
+        """Return the status that the action assigned, saved or not; the lease where it did not."""
         field = self.source.field
-        if isinstance(field, StatusField):
-            return is_assigned(task, field)
-        return bool(task.__dict__.get(field.attname, self.claim.lease) != self.claim.lease)
+        if isinstance(field, StatusField) and not is_assigned(task, field):
+            return self.held
+        return task.__dict__.get(field.attname, self.claim.lease)
 
     # Record
 
