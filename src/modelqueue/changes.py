@@ -69,8 +69,7 @@ class Snapshot:
             ValueError: the primary key was changed, so there is no row to write to.
         """
         instance = self._instance
-        _fetch_keys_of_related(instance)
-        changed = []
+        changed = _fetch_keys_of_related(instance)
         for field in _loaded_fields(instance):
             value = instance.__dict__[field.attname]
             if field is self._status or not _differs(self._values.get(field.attname, _UNREAD), value):
@@ -135,13 +134,21 @@ def _loaded_fields(instance: models.Model) -> Fields:
     ]
 
 
-def _fetch_keys_of_related(instance: models.Model) -> None:
-    """Take over the key of a related object that was saved after it had been assigned, as save() does."""
+def _fetch_keys_of_related(instance: models.Model) -> Fields:
+    """Take over the key of a related object that was saved after it had been assigned, as save() does.
+
+    Returns:
+        The fields whose object is not saved even now: no key has changed, but save() has to say so.
+    """
+    unsaved: Fields = []
     for field in instance._meta.concrete_fields:
         if isinstance(field, models.ForeignKey) and field.is_cached(instance):
             related = field.get_cached_value(instance)
             if related is not None and instance.__dict__.get(field.attname) is None:
                 setattr(instance, field.name, related)
+                if related.pk is None:
+                    unsaved.append(field)
+    return unsaved
 
 
 def _copied(value: Any) -> Any:
