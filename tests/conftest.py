@@ -6,6 +6,7 @@ import pytest
 from django.conf import settings
 from django.db import connection
 
+from modelqueue import execution
 from tests.processes import Processes
 
 
@@ -30,6 +31,12 @@ def _skip_by_marker(request):
             missing = [name for name in feature.args if not getattr(connection.features, name)]
         if missing:
             pytest.skip(f"{connection.display_name} lacks {', '.join(missing)}")
+
+
+@pytest.fixture(autouse=True)
+def _recovery_is_due():
+    """Let the first `run` of each test recover, as that of a new process does."""
+    execution._last_recovery.clear()
 
 
 @pytest.fixture
