@@ -75,6 +75,7 @@ class Paper(AbstractPaper):
     """A plain UPDATE of its status is as good as a save()."""
 
     scan = models.FileField(null=True, blank=True)
+    score = models.FloatField(null=True, blank=True)
 
 
 class StampedPaper(AbstractPaper):
@@ -94,12 +95,17 @@ class ShoutingPaper(AbstractPaper):
 
 
 class PickyField(models.CharField):  # type: ignore[type-arg]
-    """A column from which one value can not be loaded."""
+    """A column with one value that can not be loaded, and one that can not be copied."""
 
     def from_db_value(self, value: str, *args: Any) -> str:
         if value == "unreadable":
             raise ValueError("this value can not be read")
-        return value
+        return Single(value) if value == "single" else value
+
+
+class Single(str):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("there is but one")
 
 
 class PickyPaper(models.Model):
