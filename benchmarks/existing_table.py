@@ -166,7 +166,7 @@ def _measure(
     (folder / "claim.py").write_text(CLAIM)
     median, tally, total = manage("shell", "-v", "0", "-c", "import claim").split()
     assert int(total) == rows
-    results["claim, action and finish of one task, median of 200"] = float(median), 0.0
+    results["claim, action and outcome of one task, median of 200"] = float(median), 0.0
     results["tally"] = float(tally), 0.0
     assert "No changes detected" in manage("makemigrations", "photos")
     return results
@@ -182,7 +182,7 @@ def main() -> None:
     servers.POSTGRESQL_OPTIONS = {}
     with servers.start(options.db) as server:
         for step, (seconds, longest) in measure(server, options.rows).items():
-            print(f"{seconds:9.3f} s   longest update meanwhile {longest * 1000:8.1f} ms   {step}")
+            print(f"{seconds:9.4f} s   longest update meanwhile {longest * 1000:8.1f} ms   {step}")
 
 
 if __name__ == "__main__":
