@@ -79,6 +79,7 @@ class Reader:
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "DJANGO_SUPERUSER_PASSWORD": "secret",
             "PYTHONUNBUFFERED": "1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
         self.loops: list[subprocess.Popen[str]] = []
         self.output: list[str] = []
