@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         from show import files, proof
         from show.drain import Drain
 
+        (options.folder / "last").write_text(name)
         paths, text = files.choose(options.files)
         print(f"Python files: {text}.")
         large = enqueue(paths)
@@ -67,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
         drain = Drain(len(paths), large, folder / "workers.log")
         drain.run(options.workers)
         is_kept = proof.report(drain, len(paths))
-    (options.folder / "last").write_text(name)
     print("\nWhere to look")
     print("  make demo-admin   the documents in Django's admin")
     print(f"  {shown(folder / 'workers.log')}   what the workers said")
