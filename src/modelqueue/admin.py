@@ -89,11 +89,11 @@ def _action(name: str, description: str, field: str, value: Callable[[F], Combin
 def _update(queryset: QuerySet[Any], field: str, value: Combinable) -> tuple[int, int]:
     """Set the status of those rows that have one; return how many have, and how many have none."""
     rows = on_write_database(queryset)
-    changed = 0
+    changed = total = 0
     with transaction.atomic(using=rows.db):
-        total = rows.count()
         for part in owner_rows(rows, status_field(rows.model, field)):
             first, last = Status.minimum(State.created), Status.maximum(State.canceled)
+            total += part.count()
             with_status = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
             changed += with_status.update(**{field: value})
     return changed, max(total - changed, 0)
