@@ -1,0 +1,205 @@
+"""The system checks: what each warns of, and what it leaves in peace."""
+
+import django
+import pytest
+from django.core import checks
+from django.core.checks import registry
+from django.db import connection, models
+from django.db.utils import ConnectionHandler
+from django.test import override_settings
+from django.test.utils import isolate_apps
+
+import modelqueue.checks
+from modelqueue import Status, StatusField
+
+ALWAYS = models.Q(pk__gt=0)
+
+
+@isolate_apps("tests.testapp")
+def warnings(field, **options):
+    """The ids and texts of the warnings of a model with this field."""
+    names = {"app_label": "testapp", **options}
+    attributes = {"__module__": __name__, "status": field, "other": models.IntegerField()}
+    model = type("Task", (models.Model,), {**attributes, "Meta": type("Meta", (), names)})
+    found = model._meta.get_field("status").check()
+    assert all(isinstance(message, checks.Warning) and message.hint for message in found)
+    assert all(message.obj is model._meta.get_field("status") for message in found)
+    return {message.id: f"{message.msg} {message.hint}" for message in found}
+
+
+# Fields
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        (StatusField(), {}),
+        (StatusField(null=True), {}),
+        (StatusField(default=Status.created), {}),
+        (StatusField(default=Status.waiting(0)), {}),
+        (StatusField(default=5), {}),
+        (StatusField(db_index=False), {"indexes": [models.Index(fields=["status"], name="one")]}),
+        (StatusField(db_index=False), {"indexes": [models.Index(fields=["-status", "other"], name="two")]}),
+        (StatusField(db_index=False), {"unique_together": [("status", "other")]}),
+        (
+            StatusField(db_index=False),
+            {"constraints": [models.UniqueConstraint(fields=["status", "other"], name="three")]},
+        ),
+    ],
+)
+def test_sound_declaration_gets_no_warning(field, options):
+    assert warnings(field, **options) == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"indexes": [models.Index(fields=["other", "status"], name="one")]},
+        {"indexes": [models.Index(models.F("other"), name="two")]},
+        {"unique_together": [("other", "status")]},
+        {"constraints": [models.UniqueConstraint(fields=["other", "status"], name="three")]},
+        {"constraints": [models.UniqueConstraint(models.F("other"), name="four")]},
+    ],
+)
+def test_field_that_no_index_begins_with_is_w001(options):
+    [(identity, text)] = warnings(StatusField(db_index=False), **options).items()
+    assert identity == "modelqueue.W001"
+    assert text.startswith("testapp.Task.status has no index")
+    assert "with 'status' as its first field" in text
+
+
+def test_default_of_one_moment_is_w002():
+    [(identity, text)] = warnings(StatusField(default=Status.created())).items()
+    assert identity == "modelqueue.W002"
+    assert text.startswith("testapp.Task.status has the default Status(1")
+    assert text.endswith("default=modelqueue.Status.created")
+
+
+@pytest.mark.parametrize("db_index", [True, False])
+def test_unique_field_is_w003(db_index):
+    [(identity, text)] = warnings(StatusField(unique=True, db_index=db_index)).items()
+    assert identity == "modelqueue.W003"
+    assert text.startswith("testapp.Task.status is unique")
+
+
+def test_checks_of_the_column_run_too():
+    with isolate_apps("tests.testapp"):
+        meta = type("Meta", (), {"app_label": "testapp"})
+        attributes = {"__module__": __name__, "Meta": meta, "bad_": StatusField(db_index=False)}
+        model = type("Bad", (models.Model,), attributes)
+    found = model._meta.get_field("bad_").check()
+    assert [message.id for message in found] == ["fields.E001", "modelqueue.W001"]
+
+
+# Databases
+
+
+@pytest.fixture
+def database(tmp_path, monkeypatch, db):
+    """Let the checks see one SQLite database, of these settings."""
+
+    def database(name="queue.sqlite3", **options):
+        name = name if name == ":memory:" else tmp_path / name
+        settings = {"ENGINE": "django.db.backends.sqlite3", "NAME": name, "OPTIONS": options}
+        handler = ConnectionHandler({"default": {}, "queue": settings})
+        monkeypatch.setattr(modelqueue.checks, "connections", handler)
+        handlers.append(handler)
+        return handler["queue"]
+
+    handlers = []
+    yield database
+    for handler in handlers:
+        handler["queue"].close()
+
+
+def database_warnings(*aliases):
+    found = modelqueue.checks.check_databases(aliases)
+    assert all(isinstance(message, checks.Warning) and message.hint for message in found)
+    return {message.id: message.msg for message in found}
+
+
+def write_ahead(connection):
+    with connection.cursor() as cursor:
+        cursor.execute("PRAGMA journal_mode=WAL")
+
+
+def test_sqlite_without_wal_is_w004(database):
+    database()
+    text = database_warnings("queue")["modelqueue.W004"]
+    assert text.startswith("The SQLite database 'queue' has journal_mode=delete")
+
+
+def test_sqlite_with_wal_is_sound(database):
+    write_ahead(database())
+    assert "modelqueue.W004" not in database_warnings("queue")
+
+
+needs_transaction_mode = pytest.mark.skipif(
+    django.VERSION < (5, 1), reason="Django 5.1 has the option transaction_mode"
+)
+
+
+@needs_transaction_mode
+@pytest.mark.parametrize(
+    ("options", "named"), [({}, "DEFERRED"), ({"transaction_mode": "EXCLUSIVE"}, "EXCLUSIVE")]
+)
+def test_sqlite_without_immediate_transactions_is_w005(database, options, named):
+    write_ahead(database(**options))
+    [(identity, text)] = database_warnings("queue").items()
+    assert identity == "modelqueue.W005"
+    assert text.startswith(f"The SQLite database 'queue' has transaction_mode={named}")
+
+
+@needs_transaction_mode
+def test_sqlite_as_recommended_is_sound(database):
+    database(transaction_mode="IMMEDIATE", init_command="PRAGMA journal_mode=WAL")
+    assert database_warnings("queue") == {}
+
+
+@pytest.mark.skipif(django.VERSION >= (5, 1), reason="it can be set from Django 5.1")
+def test_transaction_mode_that_can_not_be_set_is_no_warning(database):
+    write_ahead(database())
+    assert database_warnings("queue") == {}
+
+
+def test_sqlite_in_memory_is_nobodys_production(database):
+    database(":memory:")
+    assert database_warnings("queue") == {}
+
+
+class NowhereRouter:
+    def allow_migrate(self, db, app_label, **hints):
+        return False
+
+
+@override_settings(DATABASE_ROUTERS=[NowhereRouter()])
+def test_database_without_a_queue_is_not_looked_at(database):
+    database()
+    assert database_warnings("queue") == {}
+
+
+def test_no_database_is_looked_at_unasked(django_assert_num_queries, db):
+    with django_assert_num_queries(0):
+        assert modelqueue.checks.check_databases(None) == []
+        assert modelqueue.checks.check_databases() == []
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+@pytest.mark.django_db
+def test_database_without_skip_locked_is_w006(monkeypatch):
+    monkeypatch.setattr(connection.features, "has_select_for_update_skip_locked", False)
+    [(identity, text)] = database_warnings("default").items()
+    assert identity == "modelqueue.W006"
+    assert text.startswith("The database 'default' has no SKIP LOCKED")
+
+
+@pytest.mark.django_db
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_database_with_skip_locked_is_sound():
+    assert database_warnings("default") == {}
+
+
+def test_app_registers_the_check_under_its_tag():
+    assert modelqueue.checks.check_databases in registry.registry.get_checks(include_deployment_checks=False)
+    assert modelqueue.checks.check_databases.tags == (checks.Tags.database,)
