@@ -247,6 +247,8 @@ class _Attempt(Generic[M]):
         Can be repeated: once written, it finds that the task is not ours any more.
         """
         task = self.task
+        if self.is_deleted_by_action():
+            return False
         changed = [] if snapshot is None else snapshot.changed()
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write = functools.partial(self.write_status, outcome)
@@ -276,13 +278,11 @@ class _Attempt(Generic[M]):
         """Make the instance show what the row holds, and tell who listens."""
         task, exists, stored = self.task, True, outcome.status
         if not is_written:
-            exists, stored = self.engine.patiently(
-                lambda: self.engine.read(self.source, self.claim.row), reconnect=True
-            )
+            exists, stored = self.read()
             is_written = (
                 (exists and stored == outcome.status)  # the answer to our write was lost
                 or self.held != self.claim.lease  # written by the action, and by others after it
-                or (task is not None and task.pk is None)  # deleted by the action
+                or self.is_deleted_by_action()
             )
         if task is not None and exists:
             set_loaded(task, self.source.field, stored)
@@ -294,6 +294,14 @@ class _Attempt(Generic[M]):
             self.tell(signals.task_finished, status=outcome.status, **ended)
         else:
             self.tell(signals.lease_lost, lease=self.claim.lease, status=stored, **ended)
+
+    def read(self) -> tuple[bool, Status | None]:
+        """Return whether the row of the task exists, and its status."""
+        return self.engine.patiently(lambda: self.engine.read(self.source, self.claim.row), reconnect=True)
+
+    def is_deleted_by_action(self) -> bool:
+        # Model.delete() leaves an instance without its key.
+        return self.task is not None and self.task.pk is None and not self.read()[0]
 
     # Time
 
