@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from django.db import DatabaseError, models, transaction
+from django.db import DatabaseError, models
 from django.db.transaction import TransactionManagementError
 from django.db.utils import Error
 from django.dispatch import Signal
@@ -191,17 +191,18 @@ class _Attempt(Generic[M]):
         The savepoint is rolled back only if it must be. Otherwise what the action wrote stays, as it
         does without an outer transaction.
         """
-        using, connection = self.source.using, self.engine.connection
-        savepoint = transaction.savepoint(using)
+        connection = self.engine.connection
+        savepoint = connection.savepoint()
         error = _call(action, task)
         if not connection.needs_rollback:
             try:
-                transaction.savepoint_commit(savepoint, using)
+                connection.savepoint_commit(savepoint)
                 return error
             except DatabaseError as aborted:
                 error = error or aborted
-        transaction.savepoint_rollback(savepoint, using)
+        # The order of Django's own atomic(): with the mark set it refuses even this rollback.
         connection.needs_rollback = False
+        connection.savepoint_rollback(savepoint)
         return error or TransactionManagementError("The action asked for a rollback of its transaction.")
 
     # Decide
