@@ -65,6 +65,10 @@ class StatusField(_BigIntegerField[_ST, _GT]):
     """
 
     db_index: bool
+    # Plain values in place of the inherited ones, whose lazy translations make help(modelqueue) fail
+    # where Django is not configured. (The inherited messages still apply: Django collects them.)
+    description = "Status of a task"
+    default_error_messages: dict[str, Any] = {}
 
     def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
         options.setdefault("db_index", True)
@@ -362,6 +366,9 @@ class ErrorField(_TextField[_ST, _GT]):
     comes the traceback, shortened to 10,000 characters. A recovery writes its reason. Not editable
     in forms; show it in the admin through ``readonly_fields``. To migrations it is a TextField.
     """
+
+    description = "Last failure of a task"  # plain, as in StatusField
+    default_error_messages: dict[str, Any] = {}
 
     def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
         super().__init__(verbose_name, name, **{"blank": True, "default": "", "editable": False, **options})
