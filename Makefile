@@ -24,7 +24,7 @@ demo: $(VENV)/.test ## watch workers drain a queue of real files (DB=sqlite or D
 	$(PY) examples/demo.py --db $(or $(DB),sqlite)
 
 demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin
-	$(PY) examples/demo.py admin
+	$(PY) examples/demo.py admin $(if $(DB),--db $(DB))
 
 test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ARGS="-k word")
 	$(PY) -m tests.suite --db $(or $(DB),all) $(ARGS)

@@ -10,6 +10,7 @@ came from the package index; everything is kept in `build/demo`.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -39,6 +40,8 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # messages quote what is in the files
     return look(options) if options.command == "admin" else run(options)
 
 
