@@ -19,14 +19,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DEMO = [sys.executable, str(ROOT / "examples" / "demo.py")]
 
-# The demo starts its databases itself.
-pytestmark = pytest.mark.vendor("sqlite")
+Documents = dict[int, tuple[str, str, str, str]]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The folder and the output of a small demo."""
-    folder = tmp_path_factory.mktemp("demo")
+# On one database only, as the demo starts its databases itself. One test, as it takes several seconds.
+@pytest.mark.vendor("sqlite")
+def test_a_small_demo_keeps_its_promises(tmp_path):
+    output = run_demo(tmp_path)
+    assert "Nothing is lost" in output
+
+    documents = rows(tmp_path)
+    assert len(documents) == 62
+    assert {state for state, *_ in documents.values()} == {"4", "5"}
+    check_that_invalid_files_are_canceled(documents)
+    check_that_the_task_of_the_killed_worker_is_recovered(documents, output)
+    check_that_the_admin_answers(documents, tmp_path)
+
+
+def run_demo(folder: Path) -> str:
     result = subprocess.run(
         [*DEMO, "--files", "60", "--workers", "2", "--folder", folder],
         cwd=ROOT,
@@ -37,27 +47,18 @@ def demo(tmp_path_factory):
         check=False,
     )
     assert result.returncode == 0, result.stdout
-    return folder, result.stdout
+    return result.stdout
 
 
-def rows(folder: Path) -> dict[int, tuple[str, str, str, str]]:
+def rows(folder: Path) -> Documents:
     """State, attempts, error and path by primary key, straight from the file."""
     with closing(sqlite3.connect(folder / "sqlite" / "db.sqlite3")) as connection:
         found = connection.execute("SELECT id, status, error, path FROM documents_document").fetchall()
     return {pk: (str(status)[0], str(status)[-1], error, path) for pk, status, error, path in found}
 
 
-def test_every_document_is_finished_or_canceled(demo):
-    folder, output = demo
-    documents = rows(folder)
-    assert len(documents) == 62
-    assert {state for state, *_ in documents.values()} == {"4", "5"}
-    assert "Nothing is lost" in output
-
-
-def test_the_invalid_files_are_canceled_after_three_attempts(demo):
-    folder, _ = demo
-    invalid = {Path(path).name: row for *row, path in rows(folder).values() if "invalid" in Path(path).parts}
+def check_that_invalid_files_are_canceled(documents: Documents) -> None:
+    invalid = {Path(path).name: row for *row, path in documents.values() if "invalid" in Path(path).parts}
     for name, reason in [("syntax_error.py", "never closed"), ("undecodable.py", "can't decode byte 0xe9")]:
         state, attempts, error = invalid[name]
         assert (state, attempts) == ("5", "3")
@@ -65,18 +66,17 @@ def test_the_invalid_files_are_canceled_after_three_attempts(demo):
         assert reason in error.splitlines()[0]
 
 
-def test_the_task_of_the_killed_worker_is_recovered(demo):
-    folder, output = demo
+def check_that_the_task_of_the_killed_worker_is_recovered(documents: Documents, output: str) -> None:
     held = re.search(r"was killed while it held document (\d+)", output)
     assert held, output
     pk = int(held[1])
     assert f"has recovered document {pk}" in output
-    state, attempts, *_ = rows(folder)[pk]
-    assert (state, attempts) == ("4", "2")
+    state, attempts, *_ = documents[pk]
+    # The second is for a file of the standard library's own test data that is not valid.
+    assert (state, attempts) in [("4", "2"), ("5", "3")]
 
 
-def test_its_admin_answers(demo):
-    folder, _ = demo
+def check_that_the_admin_answers(documents: Documents, folder: Path) -> None:
     process = subprocess.Popen(
         [*DEMO, "admin", "--folder", str(folder), "--port", "0"],
         cwd=ROOT,
@@ -92,7 +92,7 @@ def test_its_admin_answers(demo):
         page = browser.get("admin/documents/document/?status_queue=canceled")
         assert "SyntaxError" in page
         assert "make_status_state_waiting" in page
-        pk = next(iter(rows(folder)))
+        pk = next(iter(documents))
         assert 'name="status"' in browser.get(f"admin/documents/document/{pk}/change/")
     finally:
         process.terminate()
