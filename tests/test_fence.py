@@ -1,4 +1,4 @@
-"""A worker that lost its lease overwrites nothing; an application that saves an old instance undoes nothing."""
+"""A worker that lost its lease overwrites nothing; a view that saves an old instance undoes nothing."""
 
 import logging
 from contextlib import suppress

@@ -1,0 +1,453 @@
+"""Tasks of dead workers come back, all of them and soon; rows that can not be run do not block others."""
+
+import datetime as dt
+import time
+
+import pytest
+from django.db import connections
+
+from modelqueue import ONE_HOUR, ZERO_SECS, Abort, State, Status, clock, execution, run, verbs
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source
+from tests.actions import (
+    LONG_AGO,
+    MILLISECOND,
+    SECOND,
+    Clock,
+    heard,
+    raising,
+    row,
+    stored,
+    succeed,
+    unexpected,
+)
+from tests.testapp.models import Job, Paper, PickyPaper, PrintJob, ReviewedTask, Task
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+EXPIRED = Status.working(LONG_AGO)
+
+
+def expired(count, attempts=0, model=Task):
+    rows = [model(status=Status.working(LONG_AGO + number * SECOND, attempts)) for number in range(count)]
+    return model.objects.bulk_create(rows)
+
+
+def recover(queryset=None, field="status", error_field=None, **policy):
+    source = Source.of(Task.objects.all() if queryset is None else queryset, field, error_field)
+    return verbs.recover(source, Policy(**policy))
+
+
+def statuses(model=Task):
+    return [Status(number) for number in model.objects.order_by("pk").values_list("status", flat=True)]
+
+
+# What becomes of an expired task
+
+
+def test_expired_task_runs_in_the_call_that_recovers_it():
+    task = Task.objects.create(status=EXPIRED)
+    assert run(Task.objects, "status", succeed) == task
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 2)
+
+
+@pytest.mark.parametrize("retry", [0, 1, 3, 8, None])
+@pytest.mark.parametrize("attempts", range(10))
+def test_recovery_charges_an_attempt(attempts, retry):
+    expired(1, attempts)
+    assert recover(retry=retry) == 1
+    is_out = retry is not None and attempts + 1 > retry
+    status = statuses()[0]
+    assert status.state == (State.canceled if is_out else State.waiting)
+    assert status.attempts == min(attempts + 1, 9)
+
+
+def test_expired_task_with_nine_attempts_is_canceled():
+    task = Task.objects.create(status=Status.working(LONG_AGO, 9))
+    assert run(Task.objects, "status", unexpected) is None
+    assert (stored(task).state, stored(task).attempts) == (State.canceled, 9)
+
+
+def test_expired_task_with_nine_attempts_runs_where_there_is_no_limit():
+    task = Task.objects.create(status=Status.working(LONG_AGO, 9))
+    assert run(Task.objects, "status", succeed, retry=None) == task
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 9)
+
+
+def test_recovered_task_waits_for_its_delay():
+    now = Clock()
+    with clock.use(now):
+        expired(1, attempts=1)
+        waits = []
+        recover(delay=lambda attempts: waits.append(attempts) or 60 * SECOND)
+        assert waits == [2]
+        assert statuses() == [Status.waiting(now.moment + 60 * SECOND, 2)]
+
+
+def test_delay_without_an_end():
+    expired(1)
+    recover(delay=dt.timedelta.max)
+    assert statuses() == [Status.waiting(dt.datetime.max, 1)]
+
+
+def test_broken_delay_does_not_keep_the_task_and_is_logged(caplog):
+    expired(2)
+    assert recover(delay=lambda attempts: 1 / 0) == 2
+    assert [status.state for status in statuses()] == [State.waiting] * 2
+    assert "ZeroDivisionError" in caplog.text
+    assert "The delay of a recovered task can not be computed" in caplog.text
+
+
+def test_recovery_is_told():
+    task = Task.objects.create(status=EXPIRED)
+    with heard("task_recovered") as events:
+        recover(Task.objects.using("default"))
+    assert events == [
+        (
+            "task_recovered",
+            {
+                "sender": Task,
+                "pk": task.pk,
+                "field": "status",
+                "using": "default",
+                "lease": EXPIRED,
+                "status": stored(task),
+            },
+        )
+    ]
+
+
+# When a lease has run out
+
+
+@pytest.mark.parametrize("timeout", [ZERO_SECS, MILLISECOND, 5 * MILLISECOND, SECOND, ONE_HOUR])
+def test_lease_runs_out_at_its_timeout_to_the_millisecond(timeout):
+    now = Clock()
+    with clock.use(now):
+        Task.objects.create(status=Status.working(now.moment))
+        now.move(timeout - MILLISECOND)
+        assert recover(timeout=timeout) == 0
+        now.move(MILLISECOND)
+        assert recover(timeout=timeout) == 1
+
+
+def test_claim_of_the_same_moment_has_not_expired_even_with_a_timeout_of_zero():
+    now = Clock()
+    with clock.use(now):
+        Task.objects.create()
+
+        def action(task):
+            assert recover(timeout=ZERO_SECS) == 0
+            now.move(MILLISECOND)
+            assert recover(timeout=ZERO_SECS) == 1
+
+        with heard("lease_lost") as events:
+            run(Task.objects, "status", action)
+        assert len(events) == 1
+
+
+def test_longest_timeout_never_runs_out():
+    Task.objects.create(status=Status.working(0))
+    assert recover(timeout=dt.timedelta.max) == 0
+    assert run(Task.objects, "status", unexpected, timeout=dt.timedelta.max) is None
+    assert statuses() == [Status.working(0)]
+
+
+def test_clocks_of_two_machines_may_differ():
+    slow, fast = Clock(), Clock()
+    fast.move(3 * SECOND)
+    with clock.use(fast):
+        task = Task.objects.create()
+    with clock.use(slow):
+        assert run(Task.objects, "status", unexpected) is None  # not due here yet
+    with clock.use(fast):
+
+        def action(task):
+            with clock.use(slow):
+                assert recover(timeout=SECOND) == 0
+                slow.move(6 * SECOND)
+                assert recover(timeout=2 * SECOND) == 1
+                waiting = stored(task)
+                assert waiting.priority >= task.status.priority
+
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_outcome_on_a_slow_clock_is_never_older_than_its_lease():
+    fast, slow = Clock(), Clock()
+    slow.move(-10 * SECOND)
+    with clock.use(fast):
+        task = Task.objects.create()
+
+        def action(task):
+            clock._clock = slow  # the clock is set back while the action runs
+            raise Abort
+
+        run(Task.objects, "status", action)
+    assert stored(task) == Status.waiting(fast.moment + MILLISECOND, 1)
+
+
+# How many, how soon, and whose
+
+
+def test_five_hundred_expired_tasks_are_back_within_a_call():
+    expired(500)
+    before = time.monotonic()
+    recovered = []
+    while any(status.state == State.working for status in statuses()):
+        recovered.append(recover())
+    assert sum(recovered) == 500
+    assert len(recovered) <= 3
+    assert time.monotonic() - before < 10
+
+
+def test_recovery_that_takes_long_goes_on_with_the_next_call():
+    expired(60)
+    source = Source.of(Task.objects.all(), "status")
+    assert verbs.recover(source, Policy(), seconds=0) == 20
+    assert verbs.recover(source, Policy(), seconds=0) == 20
+    assert [status.state for status in statuses()] == [State.waiting] * 40 + [State.working] * 20
+    assert recover() == 20
+
+
+def test_oldest_lease_is_recovered_first():
+    Task.objects.create(status=Status.working(LONG_AGO + SECOND))
+    oldest = Task.objects.create(status=Status.working(LONG_AGO))
+    with heard("task_recovered") as events:
+        recover()
+    assert events[0][1]["pk"] == oldest.pk
+
+
+def test_living_and_ended_tasks_are_left_alone():
+    numbers = [
+        Status.created(LONG_AGO),
+        Status.waiting(LONG_AGO),
+        Status.working(),
+        Status.finished(LONG_AGO),
+        Status.canceled(LONG_AGO),
+        Status(0),
+        Status(-1),
+        Status(6 * 10**18),
+    ]
+    Task.objects.bulk_create([Task(status=number) for number in numbers])
+    assert recover() == 0
+    assert statuses() == numbers
+
+
+def test_only_rows_of_the_queryset_are_recovered():
+    Task.objects.bulk_create([Task(data=data, status=EXPIRED) for data in "ab"])
+    assert recover(Task.objects.filter(data="b")) == 1
+    assert [status.state for status in statuses()] == [State.working, State.waiting]
+
+
+def test_other_queue_of_the_row_is_left_alone():
+    Job.objects.create(status=EXPIRED, review_status=EXPIRED)
+    assert recover(Job.objects, "review_status") == 1
+    assert Job.objects.get().status == EXPIRED
+
+
+def test_status_of_a_parent_is_recovered():
+    job = PrintJob.objects.create(status=EXPIRED)
+    assert recover(PrintJob.objects, error_field="error") == 1
+    assert stored(job).state == State.waiting
+
+
+def test_reason_stands_in_the_error_field():
+    paper = Paper.objects.create(status=EXPIRED, error="old")
+    recover(Paper.objects, error_field="error", timeout=90 * SECOND)
+    assert row(paper).error.startswith(
+        "modelqueue.exceptions.LeaseExpired: attempt 1 was not reported within 0:01:30 of its claim"
+    )
+
+
+def test_reason_stands_in_the_error_field_of_a_child_table():
+    task = ReviewedTask.objects.create(status=EXPIRED, error="old")
+    recover(ReviewedTask.objects, error_field="error")
+    assert row(task).error.startswith("modelqueue.exceptions.LeaseExpired: ")
+
+
+def test_reason_is_emptied_by_the_success_that_follows():
+    paper = Paper.objects.create(status=EXPIRED)
+    assert run(Paper.objects, "status", succeed, error_field="error") == paper
+    assert row(paper).error == ""
+
+
+# When run() recovers
+
+
+def test_busy_queue_is_recovered_once_a_second(monkeypatch):
+    moment = [1000.0]
+    monkeypatch.setattr(execution.time, "monotonic", lambda: moment[0])
+    Task.objects.bulk_create([Task(status=Status.waiting(LONG_AGO)) for _ in range(10)])
+    run(Task.objects, "status", succeed)
+    expired(1)
+    moment[0] += 0.9
+    run(Task.objects, "status", succeed)
+    assert statuses()[-1].state == State.working
+    moment[0] += 0.1
+    run(Task.objects, "status", succeed)
+    assert statuses()[-1].state == State.waiting
+
+
+def test_empty_queue_is_recovered_at_once():
+    Task.objects.create()
+    run(Task.objects, "status", succeed)
+    task = expired(1)[0]
+    assert run(Task.objects, "status", succeed) == task
+
+
+def test_querysets_take_their_turns_apart():
+    for data in "ab":
+        Task.objects.create(data=data)
+        run(Task.objects.filter(data=data), "status", succeed)
+    execution._last_recovery.clear()
+    Task.objects.create(data="a")
+    Task.objects.create(data="b")
+    expired_b = Task.objects.create(data="b", status=EXPIRED)
+    run(Task.objects.filter(data="a"), "status", succeed)
+    assert stored(expired_b).state == State.working
+    run(Task.objects.filter(data="b"), "status", succeed)
+    assert stored(expired_b).state == State.waiting
+
+
+class Unhashable(str):
+    __hash__ = None
+
+
+def test_filter_with_an_unhashable_value():
+    task = Task.objects.create(data="a")
+    assert run(Task.objects.filter(data=Unhashable("a")), "status", succeed) == task
+
+
+def test_memory_of_recoveries_is_bounded():
+    for number in range(1100):
+        execution._last_recovery[number] = 0.0
+    Task.objects.create()
+    run(Task.objects, "status", succeed)
+    assert len(execution._last_recovery) == 1
+
+
+# Rows that can not be run
+
+
+@pytest.mark.parametrize("retry", [0, 3])
+def test_row_that_can_not_be_loaded_neither_blocks_others_nor_comes_up_for_ever(retry):
+    unreadable = PickyPaper.objects.create(title="unreadable", status=Status.waiting(0))
+    others = [PickyPaper.objects.create(title=title) for title in "ab"]
+    ran = []
+    failures = 0
+    with heard("task_finished", "task_claimed") as events:
+        for _ in range(20):
+            try:
+                task = run(PickyPaper.objects, "status", succeed, retry=retry, error_field="error")
+            except ValueError as error:
+                assert str(error) == "this value can not be read"  # noqa: PT017
+                failures += 1
+            else:
+                ran += [] if task is None else [task]
+    assert ran == others
+    assert failures == retry + 1
+    number, text = PickyPaper.objects.values_list("status", "error").get(pk=unreadable.pk)
+    assert (number.state, number.attempts) == (State.canceled, retry + 1)
+    assert text.splitlines()[0] == "builtins.ValueError: this value can not be read"
+    told = [(name, event["task"]) for name, event in events if event["pk"] == unreadable.pk]
+    assert told == [("task_finished", None)] * failures
+
+
+def test_row_that_can_not_be_loaded_waits_for_its_delay():
+    PickyPaper.objects.create(title="unreadable")
+    with pytest.raises(ValueError, match="can not be read"):
+        run(PickyPaper.objects, "status", unexpected, delay=ONE_HOUR)
+    assert run(PickyPaper.objects, "status", unexpected) is None
+
+
+def test_row_that_can_not_be_loaded_is_recovered_like_others():
+    PickyPaper.objects.create(title="unreadable", status=EXPIRED)
+    assert recover(PickyPaper.objects, error_field="error") == 1
+
+
+def test_queryset_that_can_not_be_loaded_raises_and_claims_nothing():
+    task = Task.objects.create()
+    with pytest.raises(AttributeError, match="nonsense"):
+        run(Task.objects.prefetch_related("nonsense"), "status", unexpected)
+    assert stored(task) == task.status
+
+
+# Rows that somebody has locked
+
+
+@pytest.fixture
+def bystander():
+    """Another session, in an open transaction; what it locks stays locked until the test is over."""
+    other = connections["default"].copy()
+    other.set_autocommit(False)
+    yield other
+    other.rollback()
+    other.close()
+
+
+def lock(connection, *tasks):
+    """Lock the rows of tasks in the session of somebody else."""
+    with connection.cursor() as cursor:
+        for task in tasks:  # one by one: asked for many of few rows, MariaDB locks them all
+            cursor.execute(f"SELECT id FROM {task._meta.db_table} WHERE id = {task.pk} FOR UPDATE")
+            cursor.fetchall()
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_locked_head_of_the_queue_is_passed_over_at_once(bystander):
+    tasks = [Task.objects.create(status=Status.waiting(number)) for number in range(3)]
+    lock(bystander, *tasks[:1])
+    before = time.monotonic()
+    assert run(Task.objects, "status", succeed) == tasks[1]
+    assert run(Task.objects, "status", succeed) == tasks[2]
+    assert run(Task.objects, "status", unexpected) is None
+    assert time.monotonic() - before < 2
+    bystander.rollback()
+    assert run(Task.objects, "status", succeed) == tasks[0]
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_many_locked_rows_are_passed_over(bystander):
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(200)])
+    lock(bystander, *tasks[:-1])
+    assert run(Task.objects, "status", succeed) == tasks[-1]
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_recovery_passes_over_a_locked_row(bystander):
+    tasks = expired(100)
+    lock(bystander, tasks[37])
+    before = time.monotonic()
+    assert recover() == 99
+    assert time.monotonic() - before < 5
+    assert stored(tasks[37]).state == State.working
+    bystander.rollback()
+    assert recover() == 1
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_locked_row_of_another_table_of_the_query_is_no_obstacle(bystander):
+    # Only the table that has the status column is locked, here that of the parent.
+    job = PrintJob.objects.create()
+    with bystander.cursor() as cursor:
+        cursor.execute(f"SELECT pages FROM testapp_printjob WHERE job_ptr_id = {job.pk} FOR UPDATE")
+        cursor.fetchall()
+    assert run(PrintJob.objects.filter(pages=1), "status", succeed) == job
+
+
+@pytest.mark.db_feature("has_select_for_no_key_update")
+def test_child_row_in_flight_does_not_hide_its_task(bystander):
+    # Its foreign key holds a lock on the task, which FOR UPDATE would meet.
+    paper = Paper.objects.create()
+    with bystander.cursor() as cursor:
+        cursor.execute(f"INSERT INTO testapp_attachment (paper_id, name) VALUES ({paper.pk}, '')")
+    assert run(Paper.objects, "status", succeed) == paper
+
+
+def test_error_of_a_claim_is_not_an_attempt():
+    task = Task.objects.create()
+    with pytest.raises(ZeroDivisionError):
+        run(Task.objects.filter(data__in=(1 / zero for zero in [0])), "status", raising(Abort()))
+    assert stored(task) == task.status
