@@ -38,8 +38,8 @@ class Worker:
         self.holds: int | None = None
         """The primary key of the document that it has claimed and not yet reported on."""
         self._last_words: list[str] = []
-        self._listener = threading.Thread(target=self._listen, args=(log, hear), daemon=True)
-        self._listener.start()
+        self.listener = threading.Thread(target=self._listen, args=(log, hear), daemon=True)
+        self.listener.start()
 
     @property
     def pid(self) -> int:
@@ -52,7 +52,7 @@ class Worker:
 
     def is_gone(self) -> bool:
         """Say whether it has ended, and all that it said was heard."""
-        return self.process.poll() is not None and not self._listener.is_alive()
+        return self.process.poll() is not None and not self.listener.is_alive()
 
     def failure(self) -> str | None:
         """Return what is to be said of a worker that ended by a fault of its own."""
@@ -101,3 +101,4 @@ class Workers:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
+            worker.listener.join()
