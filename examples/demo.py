@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     name = options.db or "sqlite"
     folder: Path = options.folder / name
     shutil.rmtree(folder, ignore_errors=True)
-    os.environ["DEBUG"] = "0"
+    os.environ["EXAMPLE_DEBUG"] = "0"
     with project(name, folder):
         from show import files, proof
         from show.drain import Drain
@@ -99,11 +99,12 @@ def look(options: argparse.Namespace) -> int:
     if not folder.exists():
         print(f"There is nothing in {shown(folder)} yet. Run `make demo` first.")
         return 1
-    os.environ["DEBUG"] = "1"
+    os.environ["EXAMPLE_DEBUG"] = "1"
     with project(name, folder):
         from django.contrib.auth import get_user_model
         from django.core.management import call_command
 
+        call_command("migrate", verbosity=0)  # the last run may have been stopped before it did
         user, password = LOGIN
         if not get_user_model().objects.filter(username=user).exists():
             get_user_model().objects.create_superuser(user, password=password)
@@ -151,7 +152,7 @@ def database(name: str, folder: Path) -> Iterator[None]:
         # The file remembers it. Before Django 5.1 the settings can not say it.
         with closing(sqlite3.connect(file)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-        os.environ["SQLITE_FILE"] = str(file)
+        os.environ["EXAMPLE_DATABASE"] = json.dumps({"NAME": str(file)})
         yield
         return
     # The server that the tests use.
@@ -159,7 +160,7 @@ def database(name: str, folder: Path) -> Iterator[None]:
     from tests import servers
 
     with servers.start(name, durable=True, keep=folder / "data") as server:
-        os.environ["DATABASE"] = json.dumps({**server, "NAME": "postgres"})
+        os.environ["EXAMPLE_DATABASE"] = json.dumps({**server, "NAME": "postgres", "OPTIONS": {}})
         yield
 
 

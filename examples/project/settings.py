@@ -21,10 +21,11 @@ if django.VERSION >= (5, 1):
     }
 SQLITE = {
     "ENGINE": "django.db.backends.sqlite3",
-    "NAME": os.environ.get("SQLITE_FILE", str(BASE_DIR / "db.sqlite3")),
+    "NAME": str(BASE_DIR / "db.sqlite3"),
     "OPTIONS": OPTIONS,
 }
-DATABASES = {"default": json.loads(os.environ.get("DATABASE", "null")) or SQLITE}
+# The demo keeps its data elsewhere, or uses PostgreSQL.
+DATABASES = {"default": SQLITE | json.loads(os.environ.get("EXAMPLE_DATABASE", "{}"))}
 
 INSTALLED_APPS = [
     "django.contrib.admin",
@@ -71,7 +72,7 @@ TEMPLATES = [
     },
 ]
 
-DEBUG = os.environ.get("DEBUG", "1") == "1"
+DEBUG = os.environ.get("EXAMPLE_DEBUG", "1") == "1"
 ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
 SECRET_KEY = "an example has no secrets; your project reads its key from the environment"
 ROOT_URLCONF = "project.urls"

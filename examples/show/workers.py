@@ -32,7 +32,7 @@ class Worker:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            env=os.environ | {"DEBUG": "0", "PYTHONIOENCODING": "utf-8"},
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         )
         self.was_killed = False
         self.holds: int | None = None
