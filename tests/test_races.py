@@ -1,0 +1,102 @@
+"""Many workers on one queue: each task is run once, and no error of the database reaches a caller.
+
+The proof is a ledger in a table of its own, into which the action inserts a row.
+"""
+
+import asyncio
+import os
+import threading
+from collections import Counter
+
+import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import connections
+
+import modelqueue
+from tests.actions import write_down
+from tests.testapp.models import Ledger, Task
+
+WORKERS = 8
+#: For threads and coroutines, which take turns; MODELQUEUE_TEST_TASKS=5000 makes it a long run.
+TASKS = int(os.environ.get("MODELQUEUE_TEST_TASKS", "800"))
+
+
+def is_left(using):
+    return Task.objects.using(using).filter(status__state__in=["waiting", "working"]).exists()
+
+
+def drain(using):
+    """Run tasks until none is left; return what `run` raised."""
+    errors = []
+    while True:
+        try:
+            task = modelqueue.run(Task.objects.using(using), "status", write_down)
+        except Exception as error:
+            errors.append(repr(error))
+            continue
+        if task is None and not is_left(using):
+            return errors
+
+
+def fill(using, count):
+    Task.objects.using(using).bulk_create([Task() for _ in range(count)])
+
+
+def assert_each_ran_once(using, count):
+    ran = Counter(Ledger.objects.using(using).values_list("task", flat=True))
+    assert len(ran) == count
+    assert set(ran.values()) == {1}
+    statuses = Task.objects.using(using).values_list("status__state", "status__attempts")
+    assert set(statuses) == {(modelqueue.State.finished, 1)}
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    "using",
+    [
+        "default",  # on SQLite: Django's own options
+        pytest.param("other", marks=pytest.mark.vendor("sqlite")),  # WAL and IMMEDIATE
+    ],
+)
+def test_eight_processes_run_each_of_5000_tasks_once(processes, using):
+    fill(using, 5000)
+    workers = [processes.start(drain, using) for _ in range(WORKERS)]
+    assert [worker.result(280) for worker in workers] == [[]] * WORKERS
+    assert_each_ran_once(using, 5000)
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("using", ["default", pytest.param("other", marks=pytest.mark.vendor("sqlite"))])
+def test_eight_threads_run_each_task_once(using):
+    fill(using, TASKS)
+    errors = []
+
+    def work():
+        try:
+            errors.extend(drain(using))
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=work) for _ in range(WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(280)
+    assert errors == []
+    assert_each_ran_once(using, TASKS)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_eight_coroutines_run_each_task_once():
+    fill("default", TASKS)
+
+    async def work():
+        run = sync_to_async(modelqueue.run)
+        while await run(Task.objects.all(), "status", write_down):
+            pass
+
+    async def main():
+        await asyncio.gather(*(work() for _ in range(WORKERS)))
+
+    async_to_sync(main)()
+    assert_each_ran_once("default", TASKS)
