@@ -86,7 +86,7 @@ class StatusField(_BigIntegerField[_ST, _GT]):
     def clone(self) -> StatusField[_ST, _GT]:
         # deconstruct() leaves out what is a BigIntegerField's default; what is not ours is given here.
         _, _, args, options = self.deconstruct()
-        return type(self)(*args, **{"db_index": self.db_index, "default": self.default, **options})
+        return type(self)(*args, **{"db_index": self.db_index, **options})
 
     def contribute_to_class(self, cls: type[models.Model], name: str, private_only: bool = False) -> None:
         super().contribute_to_class(cls, name, private_only)
@@ -379,5 +379,5 @@ class ErrorField(_TextField[_ST, _GT]):
 
     def clone(self) -> ErrorField[_ST, _GT]:
         _, _, args, options = self.deconstruct()
-        stated = {"blank": self.blank, "default": self.default, "editable": self.editable}
+        stated = {"blank": self.blank, "editable": self.editable}
         return type(self)(*args, **{**stated, **options})

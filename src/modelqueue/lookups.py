@@ -36,9 +36,7 @@ class StateField(_IntegerField):
         return State.of(value) if value else State(0, "unknown")
 
     def get_prep_value(self, value: Any) -> Any:
-        if value is None or hasattr(value, "resolve_expression"):
-            return value
-        return int(State.of(value))
+        return None if value is None else int(State.of(value))
 
 
 class StatusState(models.Transform):

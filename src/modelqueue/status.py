@@ -80,7 +80,7 @@ def priority_to_datetime(priority: int) -> dt.datetime | None:
     year, month = divmod(rest, 100)
     try:
         return dt.datetime(year, month, day, hour, minute, second, milliseconds * 1000, dt.timezone.utc)
-    except (ValueError, OverflowError):
+    except ValueError:
         return None
 
 
