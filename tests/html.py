@@ -19,6 +19,8 @@ class _Inputs(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         name, value = attributes.get("name"), attributes.get("value", "")
+        if "disabled" in attributes:
+            return
         if tag == "input" and name and attributes["type"] in ("text", "number", "hidden"):
             self.data[name] = value
         elif tag == "textarea":

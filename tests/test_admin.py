@@ -11,7 +11,7 @@ from django.urls import reverse
 import modelqueue
 from modelqueue import Status, clock
 from tests.html import form_data
-from tests.testapp.models import Job, PlainJob, PrintJob, Project, ProxyJob
+from tests.testapp.models import Job, PlainJob, PrintJob, Project, ProxyJob, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -128,10 +128,31 @@ def test_action_on_inherited_rows_out_of_joins_changes_each_once(act):
 def test_action_on_more_rows_than_go_into_one_statement(act, monkeypatch):
     monkeypatch.setattr("modelqueue.source._CHUNK", 2)
     project = Project.objects.create()
-    for _ in range(5):
-        PrintJob.objects.create(project=project, status=Status.waiting(5))
-    assert act("make_status_state_created", PrintJob) == ["Change status state to created: 5 changed."]
-    assert set(Job.objects.values_list("status", flat=True)) == {Status.created(5)}
+    for number in (*[Status.waiting(5)] * 4, 0, 0, 0):
+        PrintJob.objects.create(project=project, status=number)
+    assert act("make_status_state_created", PrintJob) == [
+        "Change status state to created: 4 changed. 3 left alone, as they hold no status."
+    ]
+    assert set(Job.objects.values_list("status", flat=True)) == {Status.created(5), 0}
+
+
+class WriteRouter:
+    def db_for_write(self, model, **hints):
+        return "other"
+
+
+@pytest.mark.django_db(databases=["default", "other"])
+def test_action_counts_on_the_database_that_it_writes_to():
+    class Messages:
+        def message_user(self, request, text, level):
+            self.text = text
+
+    Task.objects.using("other").bulk_create([Task(status=Status.waiting(5)), Task(status=0)])
+    page = Messages()
+    with override_settings(DATABASE_ROUTERS=[WriteRouter()]):
+        modelqueue.admin_actions("status")[4](page, None, Task.objects.all())
+    assert page.text.endswith("canceled: 1 changed. 1 left alone, as they hold no status.")
+    assert Task.objects.using("other").filter(status=Status.canceled(5)).count() == 1
 
 
 def test_action_takes_a_working_task_from_its_worker(act):

@@ -1,5 +1,6 @@
 """StatusField and ErrorField as columns: what they take, what they give back, and serializers."""
 
+import django
 import pytest
 from django.core import serializers
 from django.core.exceptions import ValidationError
@@ -45,6 +46,11 @@ def test_nullable_field_alone_is_indexed_and_none():
     assert field.db_index
     assert not field.has_default()
     assert field.get_default() is None
+
+
+@pytest.mark.skipif(django.VERSION < (5, 0), reason="Django 5.0 has db_default")
+def test_default_of_the_database_leaves_no_other():
+    assert not StatusField(db_default=5).has_default()
 
 
 def test_options_stand_as_given():

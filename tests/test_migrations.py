@@ -158,8 +158,10 @@ DECLARATIONS = [
     pytest.param(ErrorField(null=True, default=None), id="ErrorField null"),
 ]
 if django.VERSION >= (5, 0):
-    number = int(Status.waiting(0))
-    DECLARATIONS.append(pytest.param(StatusField(db_default=number), id="default of the database"))
+    DECLARATIONS += [
+        pytest.param(StatusField(db_default=5), id="default of the database"),
+        pytest.param(StatusField(db_default=Status.waiting(0)), id="status as default of the database"),
+    ]
 
 
 @pytest.mark.parametrize("declaration", DECLARATIONS)

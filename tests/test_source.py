@@ -53,6 +53,12 @@ def test_lock_of_the_caller_is_taken_off():
     assert not rows.query.select_for_update
 
 
+def test_order_of_the_caller_is_taken_off():
+    rows = Source.of(Task.objects.order_by("data").reverse(), "status").queryset
+    assert not rows.ordered
+    assert rows.query.standard_ordering
+
+
 def test_due_is_what_waits_until_this_millisecond():
     numbers = [Status.minimum("waiting"), Status.waiting(NOW - MILLISECOND, 9), Status.waiting(NOW, 9)]
     not_due = [Status.waiting(NOW + MILLISECOND), Status.maximum("created"), Status.minimum("working"), 0, -1]
@@ -116,6 +122,7 @@ ROWS = {
     "union": lambda: Job.objects.filter(title__lt="3").union(Job.objects.filter(title__gte="3")),
     "distinct": Job.objects.distinct,
     "counted": lambda: Job.objects.annotate(jobs=Count("project__job")).filter(jobs=5),
+    "grouped": lambda: Job.objects.annotate(rows=Count("pk")).filter(rows=1),
     "annotated": lambda: Job.objects.annotate(own=F("title")).filter(own__gte="0"),
 }
 
@@ -127,6 +134,14 @@ def test_rows_of_any_queryset_are_each_updated_once(jobs, name, monkeypatch):
     assert {part.model._meta.concrete_model for part in parts} == {Job}
     assert sorted(pk for part in parts for pk in part.values_list("pk", flat=True)) == jobs
     assert sum(part.filter(status__state="waiting").update(status=Status.finished(0)) for part in parts) == 5
+
+
+@pytest.mark.db_feature("can_distinct_on_fields")
+def test_rows_that_are_distinct_on_a_field_are_updated(jobs):
+    rows = Job.objects.order_by("project", "-title").distinct("project")
+    parts = owner_rows(rows, Job._meta.get_field("status"))
+    assert [part.update(status=Status.finished(0)) for part in parts] == [1]
+    assert Job.objects.get(status__state="finished").title == "4"
 
 
 @pytest.mark.parametrize("name", ["all", "proxy", "ordered", "annotated"])

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from django.core.exceptions import AppRegistryNotReady, ImproperlyConfigured
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -344,6 +345,16 @@ def test_str_works_in_any_state_of_django(settings):
     assert len(times) == 7
     assert all(line.startswith("waiting; ") and line.endswith("; 0 attempts") for line in times)
     assert foreign == "unknown; 0 priority; 0 attempts"
+
+
+@pytest.mark.parametrize("error", [AppRegistryNotReady, ImproperlyConfigured, OverflowError, ValueError])
+def test_str_gives_digits_where_django_has_no_words(monkeypatch, error):
+    def naturaltime(moment):
+        raise error
+
+    monkeypatch.setattr("django.contrib.humanize.templatetags.humanize.naturaltime", naturaltime)
+    number = Status.waiting(dt.datetime(2027, 3, 26, 14, 43, 25, 759000))
+    assert str(number) == "waiting; 2027-03-26 14:43:25.759+00:00; 0 attempts"
 
 
 # Copies

@@ -12,6 +12,7 @@ from django.db.models.signals import post_save, pre_save
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Status
+from modelqueue.fields import is_assigned
 from tests.testapp.models import ConcreteJob, Job, PrintJob, ProxyJob, Task
 
 pytestmark = pytest.mark.django_db(databases=["default", "other"])
@@ -295,6 +296,13 @@ def test_bulk_created_duplicates_count_as_loaded():
     finish(job)
     assert saved_title(job) == "edited"
     assert stored(job) == FINISHED
+
+
+def test_new_instance_with_the_key_of_a_row_writes_its_status():
+    job = created(Job)
+    finish(job)
+    Job(pk=job.pk, title="new", status=CANCELED).save()
+    assert stored(job) == CANCELED
 
 
 # Assignments
@@ -640,6 +648,19 @@ def test_save_without_assignment_is_one_update():
     ) as queries:
         job.save()
     assert [query["sql"].split()[0] for query in queries] == ["UPDATE"]
+
+
+def test_deleting_an_attribute_takes_its_assignment_back():
+    job = loaded(Job)
+    job.status = CANCELED
+    del job.status
+    assert not is_assigned(job, Job._meta.get_field("status"))
+
+
+def test_methods_of_a_model_are_wrapped_once_for_all_its_fields():
+    for model in MODELS:
+        assert model.save_base.__wrapped__ is models.Model.save_base
+        assert model.refresh_from_db.__wrapped__ is models.Model.refresh_from_db
 
 
 def test_deleting_an_attribute_twice_is_an_error():
