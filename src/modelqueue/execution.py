@@ -258,7 +258,8 @@ class _Attempt(Generic[M]):
         return self.engine.patiently(write, reconnect=True)
 
     def write_status(self, outcome: Outcome) -> bool:
-        note, column = outcome.note, self.source.error_field
+        column = self.source.error_field
+        note = None if column is None else outcome.note
         if column is not None and self.task is not None and note == self.task.__dict__.get(column.attname):
             note = None
         return self.engine.compare_and_set(self.source, self.claim.row, self.held, outcome.status, note)
@@ -287,9 +288,9 @@ class _Attempt(Generic[M]):
             )
         if task is not None and exists:
             set_loaded(task, self.source.field, stored)
-        column, note = self.source.error_field, outcome.note
-        if task is not None and column is not None and is_written and note is not None:
-            setattr(task, column.attname, note)
+        column = self.source.error_field
+        if task is not None and column is not None and is_written and outcome.note is not None:
+            setattr(task, column.attname, outcome.note)
         ended = {"outcome": outcome.ending, "error": outcome.error}
         if is_written:
             self.tell(signals.task_finished, status=outcome.status, **ended)

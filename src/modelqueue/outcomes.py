@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import functools
 import traceback
 from dataclasses import dataclass
 from typing import Literal
@@ -112,9 +113,9 @@ class Outcome:
         """What goes on to the caller of `run` once the outcome is recorded."""
         return self.error if self.ending in ("fail", "release") else None
 
-    @property
+    @functools.cached_property
     def note(self) -> str | None:
-        """The text for the `ErrorField`; empty after a success, None to leave it as it is."""
+        """The text for the `ErrorField`, costly to make: empty after a success, None to leave it as it is."""
         if self.error is None:
             return ""
         return error_text(self.error) if self.ending in ("fail", "abort", "cancel") else None
