@@ -15,6 +15,7 @@ from typing import Any
 
 from django.db.models import Model
 
+from modelqueue.outcomes import error_text
 from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
 from modelqueue.status import State, Status
 
@@ -26,12 +27,11 @@ def log_claimed(sender: type[Model], **facts: Any) -> None:
 
 
 def log_finished(sender: type[Model], **facts: Any) -> None:
-    error = facts["error"]
     if facts["outcome"] in ("finish", "assign", "retry", "release"):
         level, text = logging.DEBUG, f"outcome {facts['outcome']}"
     else:
         level = logging.ERROR if _is_canceled(facts) else logging.WARNING
-        text = f"outcome {facts['outcome']} ({type(error).__name__}: {error})"
+        text = f"outcome {facts['outcome']} ({error_text(facts['error']).splitlines()[0]})"
     _log(level, "task_finished", text, sender, facts)
 
 
