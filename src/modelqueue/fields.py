@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from django.core import checks
 from django.db import models
@@ -68,7 +68,7 @@ class StatusField(_BigIntegerField[_ST, _GT]):
     # Plain values in place of the inherited ones, whose lazy translations make help(modelqueue) fail
     # where Django is not configured. (The inherited messages still apply: Django collects them.)
     description = "Status of a task"
-    default_error_messages: dict[str, Any] = {}
+    default_error_messages: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
         options.setdefault("db_index", True)
@@ -368,7 +368,7 @@ class ErrorField(_TextField[_ST, _GT]):
     """
 
     description = "Last failure of a task"  # plain, as in StatusField
-    default_error_messages: dict[str, Any] = {}
+    default_error_messages: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, verbose_name: Any = None, name: str | None = None, **options: Any) -> None:
         super().__init__(verbose_name, name, **{"blank": True, "default": "", "editable": False, **options})
