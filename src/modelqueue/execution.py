@@ -203,7 +203,10 @@ class _Attempt(Generic[M]):
         # The order of Django's own atomic(): with the mark set it refuses even this rollback.
         connection.needs_rollback = False
         connection.savepoint_rollback(savepoint)
-        return error or TransactionManagementError("The action asked for a rollback of its transaction.")
+        return error or TransactionManagementError(
+            "The action went on after an error of the database, or called set_rollback(True), so what it "
+            "wrote had to be rolled back. Put what may fail into an atomic() of its own."
+        )
 
     # Decide
 
