@@ -5,8 +5,9 @@ import random
 import pytest
 from django.db import connection, models
 from django.db.models import Count, F, Max, OuterRef, Q, Subquery, Value
+from django.db.models.functions import Coalesce
 
-from modelqueue import State, Status
+from modelqueue import State, Status, StatusField
 from tests.testapp.models import Job, PlainJob, PrintJob, Project
 
 ENDS = [end for state in Status.states for end in (Status.minimum(state), Status.maximum(state))]
@@ -81,6 +82,19 @@ def test_part_can_be_aggregated_and_annotated(jobs):
     assert waiting.aggregate(last=Max("review_status__priority"))["last"] == 10**17 - 1
     first = waiting.annotate(tries=F("review_status__attempts")).first()
     assert (first.review_status, first.tries) == (Status.minimum("waiting"), 0)
+
+
+def test_parts_of_an_expression_with_values(jobs):
+    jobs.filter(review_status__isnull=False).exclude(review_status__state="working").delete()
+    either = Coalesce("review_status", Value(int(Status.waiting(7, 3))), output_field=StatusField())
+    rows = jobs.annotate(either=either).annotate(
+        state=F("either__state"), priority=F("either__priority"), attempts=F("either__attempts")
+    )
+    parts = ("state", "priority", "attempts")
+    assert rows.values_list(*parts).get(review_status=None) == (State.waiting, 7, 3)
+    assert rows.get(either__state="waiting").review_status is None
+    assert rows.get(either__state__in=["waiting", "created"], either__attempts=3, either__priority=7)
+    assert rows.filter(either__state__in=["waiting", "working"]).count() == rows.count()
 
 
 # Filters by state
