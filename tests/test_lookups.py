@@ -97,6 +97,17 @@ def test_parts_of_an_expression_with_values(jobs):
     assert rows.filter(either__state__in=["waiting", "working"]).count() == rows.count()
 
 
+@pytest.mark.parametrize(
+    ("part", "sql"),
+    [("priority", "ABS(MOD(TRUNC({} / 10), 100000000000000000))"), ("attempts", "ABS(MOD({}, 10))")],
+)
+def test_oracle_computes_without_the_operator_it_lacks(db, part, sql):
+    compiler = Job.objects.annotate(part=F(f"status__{part}")).query.get_compiler("default")
+    column, _ = compiler.compile(compiler.query.resolve_ref("status"))
+    transform = compiler.query.annotations["part"]
+    assert transform.as_oracle(compiler, connection) == (sql.format(column), ())
+
+
 # Filters by state
 
 

@@ -388,6 +388,16 @@ def test_assignment_survives_a_failed_save():
     assert stored(job) == CANCELED
 
 
+def test_failed_save_does_not_bring_back_what_an_earlier_one_wrote():
+    job = saved_after_assignment(Job)
+    finish(job)
+    job.title = None
+    with pytest.raises(IntegrityError), transaction.atomic():
+        job.save()
+    assert saved_title(job) == "edited"
+    assert stored(job) == FINISHED
+
+
 def test_refused_status_is_still_there_for_the_next_save():
     job = loaded(Job)
     job.status = "waiting"
