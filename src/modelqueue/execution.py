@@ -166,7 +166,7 @@ class _Attempt(Generic[M]):
         try:
             self.snapshot = Snapshot(task, self.source.field, self.claim.lease)
             self.tell(signals.task_claimed, status=self.claim.lease)
-            if self.is_inside_transaction():
+            if self.engine.is_inside_transaction():
                 return self.call_in_savepoint(action, task)
             error = _call(action, task)
             if self.engine.restore_connection() and error is None:
@@ -180,10 +180,6 @@ class _Attempt(Generic[M]):
         finally:
             if self.snapshot is not None:
                 self.snapshot.close()
-
-    def is_inside_transaction(self) -> bool:
-        connection = self.engine.connection
-        return connection.in_atomic_block or not connection.get_autocommit()
 
     def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action so that an error of the database leaves the caller's transaction usable.
@@ -322,7 +318,7 @@ class _Attempt(Generic[M]):
         """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
         if outcome.status is not None and outcome.status.state == State.waiting:
             _wait_until(outcome.status.priority)
-        if not self.is_inside_transaction():
+        if not self.engine.is_inside_transaction():
             self.engine.give_way()
 
     def tell(self, signal: Signal, **arguments: Any) -> None:

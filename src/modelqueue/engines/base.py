@@ -20,20 +20,24 @@ A vendor's module overrides what it knows better, under the same names.
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from django.db import InterfaceError, OperationalError, connections, models, transaction
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import IntegrityError, InterfaceError, OperationalError, connections, models, transaction
 from django.db.models import F, Q
 from django.db.utils import Error
 
+from modelqueue.clock import Clock
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
-from modelqueue.status import Status, shifted
+from modelqueue.status import Status, priority_to_datetime, shifted
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -43,11 +47,15 @@ __all__ = ["Candidate", "Claim", "Engine", "Verdict"]
 M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
 
+logger = logging.getLogger("modelqueue")
+
 #: Seconds for which "try again" errors are retried.
 PATIENCE = 30.0
 
 _FIRST_PAGE = 20
 _LONGEST_PAGE = 2000
+#: Other rows of which one has to load before a row is held responsible for not loading.
+_WITNESSES = 10
 _MILLISECOND = dt.timedelta(milliseconds=1)
 
 
@@ -93,47 +101,83 @@ class Engine:
 
     # Claim
 
-    def claim(self, source: Source[M], now: dt.datetime, limit: int) -> list[Claim[M]]:
+    def claim(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         """Take up to `limit` due tasks, those at the head of the queue first.
 
-        After it each of them is working, under a lease that is stamped `now` + 1 ms and that nobody
-        else holds. What the queryset itself raises is raised, and nothing is claimed; one row that
-        can not be loaded is claimed all the same, see `Claim.error`, lest it block the others.
+        After it each of them is working, under a lease that is stamped 1 ms after the moment of the
+        claim and that nobody else holds. What the queryset itself raises is raised, and nothing is
+        claimed. One row must not block the others: one that can not be loaded is claimed all the same,
+        see `Claim.error`; one that a constraint of its table keeps from working is passed over.
         """
         claims: list[Claim[M]] = []
-        for page in self._pages(source, source.due(now)):
+        for page in self._pages(source, source.due(clock())):
             # First as many as are wanted, since the head of the queue is what should run; where that
             # is taken, ever more at once, since somebody may hold very many rows.
             size = limit
             while page and len(claims) < limit:
                 chunk, page, size = page[:size], page[size:], size * 2
-                claims += self._claim_among(source, chunk, now, limit - len(claims))
+                claims += self._claim_among(source, chunk, clock, limit - len(claims))
             if len(claims) >= limit:
                 break
         return claims
 
     def _claim_among(
-        self, source: Source[M], candidates: list[Candidate], now: dt.datetime, limit: int
+        self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
     ) -> list[Claim[M]]:
-        def claim() -> list[Claim[M]]:
-            with self.transaction():
-                free = self._lock(source, candidates)[:limit]
-                tasks = self._load(source, free)
-                claims = []
-                for row in free:
-                    if row.pk not in tasks:  # edited since it was picked, and no longer the caller's
-                        continue
-                    lease = Status.working(shifted(now, _MILLISECOND), row.status.attempts)
-                    if self.compare_and_set(source, row, row.status, lease):
-                        loaded = tasks[row.pk]
-                        if isinstance(loaded, Exception):
-                            claims.append(Claim[M](row, lease, None, loaded))
-                        else:
-                            set_loaded(loaded, source.field, lease)
-                            claims.append(Claim(row, lease, loaded))
-                return claims
+        try:
+            return self.patiently(partial(self._claim_together, source, candidates, clock, limit))
+        except Exception as error:
+            if self._is_of_the_database_itself(error):
+                raise
+            # A row, or the queryset: find out which.
+            return self.patiently(partial(self._claim_one_by_one, source, candidates, clock, limit))
 
-        return self.patiently(claim)
+    def _claim_together(
+        self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
+    ) -> list[Claim[M]]:
+        with self.transaction():
+            free = self._lock(source, candidates)[:limit]
+            tasks = self._load(source, free)
+            claims = [self._claim_row(source, row, tasks.get(row.pk), clock) for row in free]
+            return [claim for claim in claims if claim is not None]
+
+    def _claim_one_by_one(
+        self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
+    ) -> list[Claim[M]]:
+        claims: list[Claim[M]] = []
+        with self.transaction():
+            for row in self._lock(source, candidates):
+                try:
+                    with transaction.atomic(using=self.using):
+                        task = self._load_one(source, row)
+                        claim = self._claim_row(source, row, task, clock)
+                except IntegrityError as error:
+                    logger.warning("%s %s can not be claimed: %s", source.model._meta.label, row.pk, error)
+                    continue
+                if claim is not None:
+                    claims.append(claim)
+                if len(claims) >= limit:
+                    break
+        return claims
+
+    def _claim_row(
+        self, source: Source[M], row: Candidate, loaded: M | Exception | None, clock: Clock
+    ) -> Claim[M] | None:
+        if loaded is None:  # edited since it was picked, and no longer the caller's
+            return None
+        # Now, not when it was picked: the time that was spent waiting is not the worker's. And later than
+        # any time before it, also if the clock was set back.
+        moment = clock()
+        waiting_since = priority_to_datetime(row.status.priority)
+        if waiting_since is not None and waiting_since > moment:
+            moment = waiting_since
+        lease = Status.working(shifted(moment, _MILLISECOND), row.status.attempts)
+        if not self.compare_and_set(source, row, [row.status], lease):
+            return None
+        if isinstance(loaded, Exception):
+            return Claim(row, lease, None, loaded)
+        set_loaded(loaded, source.field, lease)
+        return Claim(row, lease, loaded)
 
     # Recovery
 
@@ -155,16 +199,34 @@ class Engine:
     def _recover_among(
         self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
     ) -> list[tuple[Candidate, Status]]:
-        def recover() -> list[tuple[Candidate, Status]]:
-            with self.transaction():
-                recovered = []
-                for row in self._lock(source, candidates):
-                    verdict = judge(row.status)
-                    if self.compare_and_set(source, row, row.status, verdict.status, verdict.note):
-                        recovered.append((row, verdict.status))
-                return recovered
+        try:
+            return self.patiently(partial(self._recover_together, source, candidates, judge))
+        except Exception as error:
+            if self._is_of_the_database_itself(error):
+                raise
+            return self.patiently(partial(self._recover_one_by_one, source, candidates, judge))
 
-        return self.patiently(recover)
+    def _recover_together(
+        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
+    ) -> list[tuple[Candidate, Status]]:
+        recovered = []
+        with self.transaction():
+            for row in self._lock(source, candidates, with_error_field=True):
+                verdict = judge(row.status)
+                if self.compare_and_set(source, row, [row.status], verdict.status, verdict.note):
+                    recovered.append((row, verdict.status))
+        return recovered
+
+    def _recover_one_by_one(
+        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
+    ) -> list[tuple[Candidate, Status]]:
+        recovered = []
+        for row in candidates:
+            try:
+                recovered += self._recover_together(source, [row], judge)
+            except IntegrityError as error:  # left for the next time
+                logger.warning("%s %s can not be recovered: %s", source.model._meta.label, row.pk, error)
+        return recovered
 
     # Single rows
 
@@ -172,11 +234,11 @@ class Engine:
         self,
         source: Source[M],
         row: Candidate,
-        old: Status | None,
+        old: Collection[Status | None],
         new: Status | None,
         note: str | None = None,
     ) -> bool:
-        """Set the status of a row to `new` if it is `old`; return whether it was.
+        """Set the status of a row to `new` if it is one of `old`; return whether it was.
 
         Args:
             note: text for the source's error field, written together with the status; None to
@@ -184,19 +246,16 @@ class Engine:
         """
         field, error = source.field, source.error_field
         values: dict[str, Any] = {field.name: new}
-        elsewhere = None
-        if error is not None and note is not None:
-            if error.model._meta.concrete_model is source.owner:
-                values[error.name] = note
-            else:
-                elsewhere = error  # the column is in the table of a child or of another parent
-        matching = source.owner_rows().filter(Q((field.name, old)), pk=row.key)
-        if elsewhere is None:
+        if error is not None and note is not None and not source.has_error_field_elsewhere:
+            values[error.name] = note
+        is_old = reduce(or_, (Q((field.name, status)) for status in old))
+        matching = source.owner_rows().filter(is_old, pk=row.key)
+        if error is None or note is None or not source.has_error_field_elsewhere:
             return bool(matching.update(**values) == 1)
         with transaction.atomic(using=self.using):
             was_old = bool(matching.update(**values) == 1)
             if was_old:
-                source.rows().filter(pk=row.pk).update(**{elsewhere.name: note})
+                source.rows().filter(pk=row.pk).update(**{error.name: note})
             return was_old
 
     def read(self, source: Source[M], row: Candidate) -> tuple[bool, Status | None]:
@@ -232,48 +291,80 @@ class Engine:
             for pk, status, *key in rows.values_list(*columns)[:size]
         ]
 
-    def _lock(self, source: Source[M], candidates: list[Candidate]) -> list[Candidate]:
-        """Lock, in the owner's table alone, and return the candidates that are free and unchanged."""
+    def _lock(
+        self, source: Source[M], candidates: list[Candidate], with_error_field: bool = False
+    ) -> list[Candidate]:
+        """Lock, in the owner's table alone, and return the candidates that are free and unchanged.
+
+        Args:
+            with_error_field: lock the row of the error field too, where it is in another table.
+        """
         keys = [row.key for row in candidates]
         rows = source.owner_rows().filter(pk__in=keys)
         features = self.connection.features
         if features.has_select_for_update_skip_locked:
-            # NO KEY where there is such a thing (PostgreSQL): inserts of child rows, whose foreign
-            # keys point to a task, are then neither blocked nor do they hide it.
-            rows = rows.select_for_update(skip_locked=True, no_key=features.has_select_for_no_key_update)
+            rows = self._skipping_locked(rows)
         else:
             self._lock_by_writing(source, rows)
         held = dict(rows.values_list("pk", source.field.name))
-        return [row for row in candidates if held.get(row.key) == row.status]
+        free = [row for row in candidates if held.get(row.key) == row.status]
+        if with_error_field and source.has_error_field_elsewhere and features.has_select_for_update_skip_locked:
+            others = source.error_rows().filter(pk__in=[row.pk for row in free])
+            writable = set(self._skipping_locked(others).values_list("pk", flat=True))
+            free = [row for row in free if row.pk in writable]
+        return free
+
+    def _skipping_locked(self, rows: models.QuerySet[Any]) -> models.QuerySet[Any]:
+        # NO KEY where there is such a thing (PostgreSQL): inserts of child rows, whose foreign keys point
+        # to a task, are then neither blocked nor do they hide it.
+        no_key = self.connection.features.has_select_for_no_key_update
+        return rows.select_for_update(skip_locked=True, no_key=no_key)
 
     def _lock_by_writing(self, source: Source[M], rows: models.QuerySet[Any]) -> None:
         """Lock rows where SKIP LOCKED is unknown. Waits for whoever holds one, as the database does."""
         rows.update(**{source.field.name: F(source.field.name)})
 
-    def _load(self, source: Source[M], rows: list[Candidate]) -> dict[Any, M | Exception]:
+    def take_write_lock(self, field: models.Field[Any, Any]) -> None:
+        """Begin a transaction that reads before it writes; of use where there is one writer at a time."""
+
+    def lock_other_tables(self, source: Source[M], task: M) -> None:
+        """Lock the rows of an inherited model's other tables, so that nobody edits what is about to be saved."""
+        if self.connection.features.has_select_for_update:
+            for model in {field.model for field in task._meta.concrete_fields} - {source.owner}:
+                rows = models.QuerySet(model, using=self.using).order_by().select_for_update()
+                list(rows.filter(pk=getattr(task, str(model._meta.pk.attname))).values_list("pk"))
+
+    def _load(self, source: Source[M], rows: list[Candidate]) -> dict[Any, M]:
         """Load instances by primary key, through the caller's own queryset."""
         if not rows:
             return {}
-        try:
-            found = source.queryset.filter(pk__in=[row.pk for row in rows])
-            return {task.pk: task for task in found}
-        except Error:
-            raise
-        except Exception as error:
-            if len(rows) > 1:
-                return {pk: task for row in rows for pk, task in self._load(source, [row]).items()}
-            if self._is_loadable(source, rows[0]):
-                raise  # so it is the queryset, a prefetch for example, and no fault of the row
-            return {rows[0].pk: error}
+        found = source.queryset.filter(pk__in=[row.pk for row in rows])
+        return {task.pk: task for task in found}
 
-    def _is_loadable(self, source: Source[M], row: Candidate) -> bool:
+    def _load_one(self, source: Source[M], row: Candidate) -> M | Exception | None:
+        """Load one instance, or return why that can not be done if it is the fault of this row."""
+        task = self._try_to_load(source, row.pk)
+        if not isinstance(task, Exception):
+            return task
+        # Another one that loads proves that it is not the queryset, its prefetch_related() for example.
+        others = source.queryset.exclude(pk=row.pk).order_by().values_list("pk", flat=True)[:_WITNESSES]
+        if any(isinstance(self._try_to_load(source, pk), source.model) for pk in list(others)):
+            return task
+        if isinstance(self._try_to_load(source, row.pk, source.rows()), Exception):
+            return task
+        raise task
+
+    def _try_to_load(
+        self, source: Source[M], pk: Any, rows: models.QuerySet[M] | None = None
+    ) -> M | Exception | None:
+        queryset = source.queryset if rows is None else rows
         try:
-            list(source.rows().filter(pk=row.pk))
-        except Error:
-            raise
-        except Exception:
-            return False
-        return True
+            with transaction.atomic(using=self.using):
+                return next(iter(queryset.filter(pk=pk)), None)
+        except Exception as error:
+            if self._is_of_the_database_itself(error):
+                raise
+            return error
 
     # Transactions and errors
 
@@ -295,26 +386,40 @@ class Engine:
         After an error of the connection itself the connection is closed, so that the next query
         opens another.
         """
-        outer = self.connection.in_atomic_block or not self.connection.get_autocommit()
         deadline = time.monotonic() + PATIENCE
         pause = 0.001
         while True:
+            is_outer, session = self.is_inside_transaction(), None
             try:
+                self.connection.ensure_connection()
+                session = self.connection.connection
                 return work()
             except (OperationalError, InterfaceError) as error:
-                if outer:
+                if is_outer:
                     raise
-                was_lost = not self.is_try_again(error) and self._discard_broken_connection()
+                was_lost = not self.is_try_again(error) and self._has_lost(session)
                 if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
                     raise
             self.note_contention()
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  (jitter)
             pause = min(pause * 2, 0.5)
 
-    def _discard_broken_connection(self) -> bool:
-        if self.connection.connection is None or self.connection.is_usable():
-            return self.connection.connection is None
-        self.connection.close()
+    def is_inside_transaction(self) -> bool:
+        """Say whether a transaction of the caller is open; asks nothing of the database."""
+        connection = self.connection
+        if connection.connection is None and not connection.in_atomic_block:
+            return not connection.settings_dict["AUTOCOMMIT"]
+        return connection.in_atomic_block or not connection.autocommit
+
+    def _has_lost(self, session: Any) -> bool:
+        """Say whether the connection to the database is another one than `session`, or none."""
+        # On its way out of a transaction Django has opened another where it found the first one broken.
+        return session is None or self.connection.connection is not session or self._close_if_broken()
+
+    def _close_if_broken(self) -> bool:
+        if self.connection.is_usable():
+            return False
+        self._throw_connection_away()
         return True
 
     def restore_connection(self) -> bool:
@@ -323,9 +428,16 @@ class Engine:
         Called outside of transactions only. Returns True if a transaction was found open, and
         rolled back.
         """
-        connection = self.connection
-        if connection.connection is None:
+        if self.connection.connection is None:
             return False
+        try:
+            return self._restore_connection()
+        except Exception:  # it is dead, and whatever was open on it was rolled back by the server
+            self._throw_connection_away()
+            return False
+
+    def _restore_connection(self) -> bool:
+        connection = self.connection
         if connection.in_atomic_block:  # an atomic() that was entered and never left
             connection.close()
             connection.connect()
@@ -337,6 +449,12 @@ class Engine:
             connection.set_autocommit(True)
             return True
         return self._roll_back_open_transaction()
+
+    def _throw_connection_away(self) -> None:
+        try:
+            self.connection.close()
+        except Exception:  # even that asks the server
+            self.connection.connection = None
 
     def _roll_back_open_transaction(self) -> bool:
         """Roll back what was begun by a BEGIN of the action's own; return whether there was such a thing."""
