@@ -122,8 +122,8 @@ def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Ite
         yield rows.order_by()
         return
     # All keys first: rows that the caller changes must not come up again further down in an open cursor.
-    # Each once: a join may have multiplied them.
-    keys = iter(dict.fromkeys(rows.values_list(_owner_key(rows.model, field), flat=True)))
+    # Each once: a join may have multiplied them. Not flat=True, which takes a composite key apart.
+    keys = iter(dict.fromkeys(key for (key,) in rows.values_list(_owner_key(rows.model, field))))
     while chunk := list(islice(keys, _CHUNK)):
         yield models.QuerySet(owner, using=rows.db).filter(pk__in=chunk).order_by()
 
