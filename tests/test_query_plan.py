@@ -1,0 +1,186 @@
+"""What a task costs the database: few statements, and each finds its rows by an index in any history."""
+
+import re
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+import modelqueue
+from modelqueue import ONE_HOUR, Abort, Status, run, verbs
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source
+from tests.actions import LONG_AGO, MILLISECOND, raising, stored, succeed, unexpected
+from tests.testapp.models import Job, Task
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+HISTORY = 10_000
+#: As many wait, and as many are to be recovered; more than fit on the first two pages of candidates.
+OPEN = 300
+
+#: The statements of a claim. SQLite takes the write lock first; the others lock the row they read.
+CLAIM = {
+    "sqlite": ["SELECT", "BEGIN", "UPDATE", "SELECT", "SELECT", "UPDATE", "COMMIT"],
+    "postgresql": ["SELECT", "BEGIN", "SELECT", "SELECT", "UPDATE", "COMMIT"],
+    "mysql": ["SELECT", "BEGIN", "SELECT", "SELECT", "UPDATE", "COMMIT"],
+}
+#: Those of an outcome. MariaDB is asked whether the action has left a transaction open.
+OUTCOME = {"sqlite": ["UPDATE"], "postgresql": ["UPDATE"], "mysql": ["SELECT", "UPDATE"]}
+RECOVERY_OF_NOTHING = ["SELECT"]
+
+
+def sent(work):
+    """The statements that something sends to the database."""
+    with CaptureQueriesContext(connection) as queries:
+        work()
+    return [query["sql"] for query in queries]
+
+
+def verb(statement):
+    return statement.split()[0]
+
+
+# How many statements
+
+
+@pytest.mark.parametrize("action", [succeed, raising(Abort())], ids=["finished", "failed"])
+def test_statements_of_a_task(vendor, action):
+    Task.objects.bulk_create([Task() for _ in range(5)])
+    run(Task.objects, "status", succeed)  # recovers, as nothing has been recovered yet
+    statements = sent(lambda: run(Task.objects, "status", action))
+    assert [verb(statement) for statement in statements] == CLAIM[vendor] + OUTCOME[vendor]
+
+
+def test_statements_of_a_task_whose_call_recovers_first(vendor):
+    Task.objects.create()
+    statements = sent(lambda: run(Task.objects, "status", succeed))
+    assert [verb(statement) for statement in statements] == (
+        RECOVERY_OF_NOTHING + CLAIM[vendor] + OUTCOME[vendor]
+    )
+
+
+def test_claim_of_many_adds_one_statement_for_each(vendor):
+    Task.objects.bulk_create([Task() for _ in range(10)])
+    statements = sent(lambda: verbs.claim(Source.of(Task.objects, "status"), 10))
+    assert len(statements) == len(CLAIM[vendor]) + 9
+
+
+# Which index
+
+
+@pytest.fixture(params=[(Task, "status"), (Job, "review_status")], ids=["default", "nullable"])
+def queue(request):
+    """A model and its field; many rows are finished, and nothing is due."""
+    model, field = request.param
+    fill(model, field, [Status.finished(LONG_AGO + number * MILLISECOND) for number in range(HISTORY)])
+    yield model, field
+    model.objects.all().delete()
+    analyze(model)  # or later tests are planned for what is gone
+
+
+def fill(model, field, statuses):
+    model.objects.bulk_create([model(**{"status": 0, field: status}) for status in statuses], 1000)
+    analyze(model)
+
+
+def analyze(model):
+    table = connection.ops.quote_name(model._meta.db_table)
+    with connection.cursor() as cursor:
+        cursor.execute(f"ANALYZE {'TABLE ' if connection.vendor == 'mysql' else ''}{table}")
+        if cursor.description:
+            cursor.fetchall()
+
+
+def index_of(model, field):
+    with connection.cursor() as cursor:
+        constraints = connection.introspection.get_constraints(cursor, model._meta.db_table)
+    [name] = [name for name, facts in constraints.items() if facts["index"] and facts["columns"] == [field]]
+    return name
+
+
+def explain(statement):
+    """The plan of a statement, as text: with the names of MariaDB's columns."""
+    explain = "EXPLAIN QUERY PLAN" if connection.vendor == "sqlite" else "EXPLAIN"
+    with connection.cursor() as cursor:
+        cursor.execute(f"{explain} {statement}")
+        names = [column[0] for column in cursor.description]
+        return "\n".join(
+            " ".join(f"{name}={value}" for name, value in zip(names, row, strict=True))
+            for row in cursor.fetchall()
+        )
+
+
+#: How each database says that it reads a table as a whole, or an index from end to end.
+READS_ALL = {"sqlite": r"\bSCAN ", "postgresql": r"Seq Scan", "mysql": r"\btype=(ALL|index)\b"}
+
+
+def assert_reads_range(statement, model, field):
+    """The rows are found in the index of the status, from a first to a last number."""
+    plan, index = explain(statement), index_of(model, field)
+    assert not re.search(READS_ALL[connection.vendor], plan), plan
+    if connection.vendor == "sqlite":
+        assert re.search(rf"USING (COVERING )?INDEX {index} \({field}>\? AND {field}<\?\)", plan), plan
+        return
+    if connection.vendor == "postgresql":
+        assert re.search(rf"Index (Only )?Scan (using|on) {index} ", plan), plan
+        assert re.search(rf"Index Cond: .*{field} >= .*{field} <= ", plan), plan
+    else:
+        assert " type=range " in plan, plan
+        assert f" key={index} " in plan, plan
+    # What the database expects to read: the open tasks, not the history.
+    assert max(map(int, re.findall(r"\brows=(\d+)", plan))) <= 3 * OPEN, plan
+
+
+def pages(statements):
+    return [statement for statement in statements if " LIMIT " in statement]
+
+
+def test_idle_poll_is_two_reads_of_the_index(queue):
+    model, field = queue
+    fill(model, field, [Status.waiting(modelqueue.now() + ONE_HOUR) for _ in range(OPEN)])
+    for _ in range(2):  # the first call recovers before it looks for tasks, the second afterwards
+        statements = sent(lambda: run(model.objects, field, unexpected))
+        assert [verb(statement) for statement in statements] == ["SELECT", "SELECT"]
+        for statement in statements:
+            assert_reads_range(statement, model, field)
+
+
+def test_each_page_of_due_tasks_is_read_from_the_index(queue):
+    model, field = queue
+    fill(model, field, [Status.waiting(LONG_AGO + number * MILLISECOND) for number in range(OPEN)])
+    statements = sent(lambda: verbs.claim(Source.of(model.objects, field), 150))
+    assert len(pages(statements)) == 3
+    for statement in pages(statements):
+        assert_reads_range(statement, model, field)
+
+
+def test_each_page_of_tasks_with_one_status_is_read_from_the_index(queue):
+    model, field = queue
+    fill(model, field, [Status.waiting(5)] * OPEN)
+    statements = sent(lambda: verbs.claim(Source.of(model.objects, field), 150))
+    assert len(pages(statements)) == 3
+    for statement in pages(statements):
+        assert_reads_range(statement, model, field)
+
+
+def test_each_page_of_expired_tasks_is_read_from_the_index(queue):
+    model, field = queue
+    fill(model, field, [Status.working(LONG_AGO + number * MILLISECOND) for number in range(OPEN)])
+    statements = sent(lambda: verbs.recover(Source.of(model.objects, field), Policy(), seconds=60))
+    assert len(pages(statements)) == 3
+    for statement in pages(statements):
+        assert_reads_range(statement, model, field)
+
+
+def test_no_statement_of_a_task_reads_the_whole_table(queue, vendor):
+    model, field = queue
+    fill(model, field, [Status.working(LONG_AGO), Status.waiting(LONG_AGO)])
+    ran = []
+    statements = sent(lambda: ran.append(run(model.objects, field, succeed)))
+    assert stored(ran[0], field).state == modelqueue.State.finished
+    looking = [statement for statement in statements if " WHERE " in statement and "1 = 0" not in statement]
+    assert len(looking) >= 8  # both tasks are looked for, locked and written, and one is loaded
+    for statement in looking:
+        plan = explain(statement)
+        assert not re.search(READS_ALL[vendor], plan), f"{statement}\n{plan}"
