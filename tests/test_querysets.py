@@ -1,0 +1,452 @@
+"""Any queryset of rows is a queue: filters, joins, orders, other databases, all kinds of models and keys."""
+
+import uuid
+
+import pytest
+from django.db import connection, models
+from django.db.models import Exists, F, FilteredRelation, OuterRef, Q, Value
+from django.db.models.functions import Upper
+from django.test.utils import CaptureQueriesContext
+
+from modelqueue import Abort, Retry, State, Status, run, verbs
+from modelqueue.engines import engine_for
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source
+from tests.actions import raising, stored, succeed, unexpected
+from tests.testapp import models as testapp
+from tests.testapp.models import (
+    Attachment,
+    ConcreteJob,
+    Job,
+    Paper,
+    PrintJob,
+    Project,
+    ProxyJob,
+    Task,
+    TextTask,
+    UuidTask,
+)
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+CompositeTask = getattr(testapp, "CompositeTask", None)
+composite = pytest.mark.skipif(CompositeTask is None, reason="Django has no composite keys before 5.2")
+
+
+def drain(rows, field="status", **options):
+    """Run all due tasks; return them in their order."""
+    tasks = []
+    while (task := run(rows, field, succeed, **options)) is not None:
+        tasks.append(task)
+    return tasks
+
+
+def recover(rows, field="status", **policy):
+    return verbs.recover(Source.of(rows, field), Policy(**policy))
+
+
+# Which rows
+
+
+@pytest.fixture
+def papers():
+    """Two papers of a project, one of another, one of none."""
+    first, second = Project.objects.create(name="first"), Project.objects.create(name="second")
+    return [
+        Paper.objects.create(title="a", pages=1, project=first),
+        Paper.objects.create(title="b", pages=2, project=first),
+        Paper.objects.create(title="c", pages=3, project=second),
+        Paper.objects.create(title="d", pages=4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("select", "titles"),
+    [
+        (lambda rows: rows.all(), "abcd"),
+        (lambda rows: rows.none(), ""),
+        (lambda rows: rows.filter(title__in=["a", "d"]), "ad"),
+        (lambda rows: rows.exclude(title="a"), "bcd"),
+        (lambda rows: rows.filter(Q(title="a") | Q(pages__gt=3)), "ad"),
+        (lambda rows: rows.filter(project__name="first"), "ab"),
+        (lambda rows: rows.exclude(project__name="first"), "cd"),
+        (lambda rows: rows.filter(project__isnull=True), "d"),
+        (lambda rows: rows.filter(project__in=Project.objects.filter(name="second")), "c"),
+        (
+            lambda rows: rows.filter(Exists(Project.objects.filter(pk=OuterRef("project"), name="first"))),
+            "ab",
+        ),
+        (lambda rows: rows.annotate(shout=Upper("title")).filter(shout="B"), "b"),
+        (lambda rows: rows.alias(twice=F("pages") * 2).filter(twice__gt=5), "cd"),
+        (lambda rows: rows.annotate(one=Value(1)), "abcd"),
+        (
+            lambda rows: rows.annotate(
+                p=FilteredRelation("project", condition=Q(project__name="first"))
+            ).filter(p__isnull=False),
+            "ab",
+        ),
+        (lambda rows: rows.extra(where=["pages > 2"]), "cd"),
+        (lambda rows: rows.select_related("project"), "abcd"),
+        (lambda rows: rows.select_related("project").filter(project__name="second"), "c"),
+        (lambda rows: rows.prefetch_related("attachments"), "abcd"),
+        (lambda rows: rows.only("title"), "abcd"),
+        (lambda rows: rows.defer("status"), "abcd"),
+        (lambda rows: rows.select_related("project").only("title", "project__name"), "abcd"),
+        (lambda rows: rows.order_by("-title"), "abcd"),
+        (lambda rows: rows.order_by("project__name", "?"), "abcd"),
+        (lambda rows: rows.order_by("title").reverse(), "abcd"),
+        (lambda rows: rows.reverse(), "abcd"),
+        (lambda rows: rows.extra(order_by=["-title"]), "abcd"),
+        (lambda rows: rows.filter(status__state="waiting"), "abcd"),
+        (lambda rows: rows.filter(status__lt=Status.waiting(0)), ""),
+    ],
+)
+@pytest.mark.usefixtures("papers")
+def test_rows_of_the_queryset_are_run_in_the_order_of_the_queue(select, titles):
+    rows = select(Paper.objects.all())
+    assert "".join(paper.title for paper in drain(rows)) == titles
+    assert Paper.objects.filter(status__state="finished").count() == len(titles)
+
+
+@pytest.mark.usefixtures("papers")
+def test_priority_goes_before_any_order_of_the_caller():
+    Paper.objects.filter(title="c").update(status=Status.waiting(1))
+    Paper.objects.filter(title="b").update(status=Status.waiting(2))
+    for rows in (Paper.objects.order_by("title"), Paper.objects.order_by("title").reverse()):
+        assert run(rows, "status", raising(Retry())).title == "c"
+        Paper.objects.filter(title="c").update(status=Status.waiting(1))
+
+
+def test_reversed_queryset_runs_and_recovers_the_oldest_first():
+    tasks = [Task.objects.create(status=Status.waiting(number)) for number in (5, 6)]
+    assert drain(Task.objects.order_by("pk").reverse()) == tasks
+    Task.objects.update(status=Status.working(0))
+    assert recover(Task.objects.order_by("pk").reverse()) == 2
+
+
+def test_equal_priorities_run_in_the_order_of_their_keys():
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(5)) for _ in range(30)])
+    assert drain(Task.objects.order_by("-pk")) == tasks
+
+
+def test_queryset_that_was_read_already_is_asked_anew():
+    Task.objects.create(status=Status.waiting(5))
+    rows = Task.objects.all()
+    assert len(rows) == 1
+    later = Task.objects.create(status=Status.waiting(1))
+    assert run(rows, "status", succeed) == later
+    assert len(rows) == 1  # and the caller's own result is left alone
+
+
+def test_manager_and_related_manager():
+    project = Project.objects.create()
+    job = Job.objects.create(project=project)
+    Job.objects.create()
+    assert drain(project.job_set) == [job]
+    assert len(drain(Job.objects)) == 1
+
+
+@pytest.mark.usefixtures("papers")
+def test_annotations_and_related_objects_are_those_of_the_queryset():
+    rows = (
+        Paper.objects.annotate(twice=F("pages") * 2).select_related("project").prefetch_related("attachments")
+    )
+    Attachment.objects.create(paper=Paper.objects.get(title="a"), name="x")
+
+    def action(paper):
+        with CaptureQueriesContext(connection) as queries:
+            assert paper.twice == 2
+            assert paper.project.name == "first"
+            assert [attachment.name for attachment in paper.attachments.all()] == ["x"]
+        assert len(queries) == 0
+
+    assert run(rows, "status", action).title == "a"
+
+
+def test_manager_that_hides_what_does_not_wait(monkeypatch):
+    """Outcomes and recoveries find the row, whatever the manager shows."""
+
+    class Waiting(models.Manager):
+        def get_queryset(self):
+            return super().get_queryset().filter(status__state="waiting")
+
+    manager = Waiting()
+    manager.model = Paper
+    paper = Paper.objects.create(title="a")
+
+    def change(paper):
+        paper.title = "b"
+
+    assert run(manager, "status", change) == paper
+    assert Paper.objects.get().title == "b"
+    assert stored(paper).state == State.finished
+
+
+# Joins
+
+
+def test_row_that_a_join_multiplies_is_claimed_once():
+    papers = [Paper.objects.create() for _ in range(5)]
+    for paper in papers:
+        Attachment.objects.bulk_create([Attachment(paper=paper, name="x") for _ in range(7)])
+    rows = Paper.objects.filter(attachments__name="x")
+    assert rows.count() == 35
+    assert drain(rows) == papers
+    Paper.objects.update(status=Status.working(0))
+    assert recover(rows) == 5
+    assert {paper.status.attempts for paper in Paper.objects.all()} == {1}
+
+
+def test_many_at_once_are_claimed_once_each():
+    papers = [Paper.objects.create() for _ in range(5)]
+    Attachment.objects.bulk_create([Attachment(paper=paper) for paper in papers for _ in range(3)])
+    claims = verbs.claim(Source.of(Paper.objects.filter(attachments__name=""), "status"), limit=10)
+    assert [claim.task for claim in claims] == papers
+
+
+def test_condition_on_another_table_is_asked_again_under_the_lock(monkeypatch):
+    """A row that was edited between pick and lock, and is no longer the caller's, is not claimed."""
+    first, second = (Paper.objects.create(title="mine") for _ in range(2))
+    engine = type(engine_for("default"))
+    lock = engine._lock
+
+    def edit_and_lock(self, *args, **kwargs):
+        Paper.objects.filter(pk=first.pk).update(title="not mine")
+        return lock(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "_lock", edit_and_lock)
+    assert run(Paper.objects.filter(title="mine"), "status", succeed) == second
+    assert stored(first) == first.status
+
+
+@pytest.mark.parametrize("change", [{"status": Status.canceled(5)}, {"status": Status.waiting(7)}])
+def test_row_whose_status_changed_after_it_was_picked_is_not_claimed_from_it(change, monkeypatch):
+    first, second = (Task.objects.create(status=Status.waiting(number)) for number in (1, 2))
+    engine = type(engine_for("default"))
+    lock = engine._lock
+
+    def edit_and_lock(self, *args, **kwargs):
+        Task.objects.filter(pk=first.pk).update(**change)
+        return lock(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_lock", edit_and_lock)
+        assert run(Task.objects, "status", succeed) == second
+    assert stored(first) == change["status"]
+
+
+def test_row_that_is_deleted_after_it_was_picked(monkeypatch):
+    first, second = Task.objects.create(), Task.objects.create()
+    engine = type(engine_for("default"))
+    lock = engine._lock
+
+    def delete_and_lock(self, *args, **kwargs):
+        Task.objects.filter(pk=first.pk).delete()
+        return lock(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "_lock", delete_and_lock)
+    assert run(Task.objects, "status", succeed) == second
+    assert Task.objects.count() == 1
+
+
+def test_long_queue_is_read_page_by_page(monkeypatch):
+    """Rows of which none can be claimed, of two equal numbers, longer than two pages; the last is free."""
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number % 2)) for number in range(300)])
+    last = max(tasks, key=lambda task: (task.status, task.pk))
+    engine = type(engine_for("default"))
+    lock = engine._lock
+
+    def lock_the_last(self, *args, **kwargs):
+        return [candidate for candidate in lock(self, *args, **kwargs) if candidate.pk == last.pk]
+
+    monkeypatch.setattr(engine, "_lock", lock_the_last)
+    assert run(Task.objects, "status", succeed) == last
+
+
+# Locks
+
+
+@pytest.mark.parametrize("options", [{}, {"nowait": True}, {"of": ("self",)}])
+def test_lock_of_the_caller_is_replaced(options):
+    if options and not connection.features.has_select_for_update:
+        options = {}
+    task = Task.objects.create()
+    assert run(Task.objects.select_for_update(**options), "status", succeed) == task
+
+
+def test_lock_of_the_caller_with_a_join_is_replaced():
+    paper = Paper.objects.create()
+    rows = Paper.objects.select_related("project").select_for_update()  # an outer join can not be locked
+    assert run(rows, "status", succeed) == paper
+
+
+# Databases
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("model", [Task, Paper, PrintJob])
+@pytest.mark.parametrize(
+    "rows", [lambda model: model.objects.using("other"), lambda model: model.objects.db_manager("other")]
+)
+def test_queryset_of_another_database(model, rows):
+    here = model.objects.create()
+    there = model.objects.using("other").create()
+
+    def action(task):
+        assert task._state.db == "other"
+        if hasattr(task, "title"):
+            task.title = "b"
+        raise Abort
+
+    assert run(rows(model), "status", action) == there
+    assert stored(there).attempts == 1
+    assert stored(here) == here.status
+    model.objects.using("other").update(
+        status=Status.working(0)
+    ) if model is not PrintJob else Job.objects.using("other").update(status=Status.working(0))
+    assert run(rows(model), "status", succeed).status.state == State.finished
+    assert stored(there).state == State.finished
+
+
+class WritesElsewhere:
+    def db_for_write(self, model, **hints):
+        return "other"
+
+
+class ReadsElsewhere:
+    def db_for_read(self, model, **hints):
+        return "other"
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_without_using_the_router_names_the_database_to_write_to(settings):
+    here, there = Task.objects.create(), Task.objects.using("other").create()
+    settings.DATABASE_ROUTERS = [WritesElsewhere()]
+    assert run(Task.objects.all(), "status", succeed)._state.db == "other"
+    assert run(Task.objects.using("default"), "status", succeed)._state.db == "default"
+    assert stored(here).state == stored(there).state == State.finished
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_without_using_a_replica_is_not_asked(settings):
+    task = Task.objects.create()
+    Task.objects.using("other").create(status=Status.created())
+    settings.DATABASE_ROUTERS = [ReadsElsewhere()]
+    assert run(Task.objects.all(), "status", succeed)._state.db == "default"
+    assert stored(task, using="default").state == State.finished
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_changes_are_saved_where_the_task_came_from(settings):
+    paper = Paper.objects.create(title="a")
+    settings.DATABASE_ROUTERS = [WritesElsewhere()]
+
+    def change(paper):
+        paper.title = "b"
+
+    run(Paper.objects.using("default"), "status", change)
+    assert (Paper.objects.using("default").get().title, stored(paper).state) == ("b", State.finished)
+    assert not Paper.objects.using("other").exists()
+
+
+# Kinds of models
+
+
+@pytest.mark.parametrize("model", [Job, ProxyJob, PrintJob, ConcreteJob])
+def test_models_that_inherit(model):
+    job = model.objects.create(title="a", status=Status.waiting())
+
+    def change(job):
+        assert type(job) is model
+        job.title = "b"
+
+    returned = run(model.objects, "status", change)
+    assert returned == job
+    assert (stored(job).state, model.objects.get().title) == (State.finished, "b")
+    model.objects.update(status=Status.working(0))
+    assert recover(model.objects) == 1
+    assert drain(model.objects) == [job]
+
+
+def test_parents_and_children_share_their_queue():
+    child = PrintJob.objects.create()
+    parent = Job.objects.create()
+    assert [type(job) for job in drain(Job.objects)] == [Job, Job]
+    Job.objects.update(status=Status.waiting(1))
+    assert drain(PrintJob.objects) == [child]
+    assert drain(Job.objects) == [parent]
+
+
+def test_filters_on_both_tables_of_a_child():
+    PrintJob.objects.create(title="a", pages=1)
+    job = PrintJob.objects.create(title="a", pages=2)
+    PrintJob.objects.create(title="b", pages=2)
+    assert drain(PrintJob.objects.filter(title="a", pages=2)) == [job]
+
+
+# Kinds of primary keys
+
+
+def test_uuid_as_key():
+    tasks = [
+        UuidTask.objects.create(id=uuid.UUID(int=number), status=Status.waiting(0)) for number in (3, 1, 2)
+    ]
+    assert sorted(drain(UuidTask.objects), key=str) == sorted(tasks, key=str)
+    UuidTask.objects.update(status=Status.working(0))
+    assert recover(UuidTask.objects) == 3
+
+
+def test_text_as_key():
+    names = ["b", "a/ü'\"%s", "", "Z"]
+    tasks = [TextTask.objects.create(name=name, status=Status.waiting(0)) for name in names]
+    assert {task.name for task in drain(TextTask.objects)} == set(names)
+    assert all(stored(task).state == State.finished for task in tasks)
+
+
+def test_many_rows_with_text_as_key():
+    TextTask.objects.bulk_create(
+        [TextTask(name=f"{number:x}", status=Status.waiting(0)) for number in range(150)]
+    )
+    assert len(verbs.claim(Source.of(TextTask.objects, "status"), limit=200)) == 150
+    TextTask.objects.update(status=Status.working(0))
+    assert recover(TextTask.objects) == 150
+
+
+@composite
+def test_composite_key():
+    tasks = [
+        CompositeTask.objects.create(tenant=1, number=number, status=Status.waiting(0)) for number in (2, 1)
+    ]
+
+    def change(task):
+        task.title = "b"
+
+    assert run(CompositeTask.objects, "status", change) == tasks[1]
+    assert CompositeTask.objects.get(pk=(1, 1)).title == "b"
+    assert run(CompositeTask.objects, "status", raising(Abort()), delay=Policy().timeout) == tasks[0]
+    assert run(CompositeTask.objects, "status", unexpected) is None
+    CompositeTask.objects.update(status=Status.working(0))
+    assert recover(CompositeTask.objects) == 2
+
+
+@composite
+def test_many_rows_with_a_composite_key():
+    CompositeTask.objects.bulk_create(
+        [CompositeTask(tenant=number % 7, number=number, status=Status.working(0)) for number in range(1200)]
+    )
+    while recover(CompositeTask.objects):
+        pass
+    assert set(CompositeTask.objects.values_list("status__state", flat=True)) == {State.waiting}
+
+
+@composite
+def test_changed_part_of_a_composite_key_is_a_failed_attempt():
+    CompositeTask.objects.create(tenant=1, number=1)
+
+    def change(task):
+        task.number = 2
+
+    with pytest.raises(ValueError, match="changed the primary key"):
+        run(CompositeTask.objects, "status", change)
+    assert CompositeTask.objects.get().pk == (1, 1)
+    assert CompositeTask.objects.get().status.attempts == 1
