@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
-from django.db import transaction
 from django.db.models import F, Q
 from django.utils.text import capfirst
 
 from modelqueue.clock import now
+from modelqueue.engines import engine_for
 from modelqueue.source import on_write_database, owner_rows, status_field
 from modelqueue.status import State, Status, datetime_to_int
 
@@ -38,8 +38,8 @@ def admin_actions(field: str) -> list[Action]:
         class TaskAdmin(admin.ModelAdmin):
             actions = [*modelqueue.admin_actions("status")]
 
-    They ask for the change permission, and say how many rows they changed. Changing the state of a
-    working task takes it away from its worker, whose outcome is then dropped.
+    They ask for the change permission, and say how many rows they changed. Any change of a working task
+    takes it away from its worker, whose outcome is then dropped.
 
     Args:
         field: the name of the `StatusField`.
@@ -89,14 +89,21 @@ def _action(name: str, description: str, field: str, value: Callable[[F], Combin
 def _update(queryset: QuerySet[Any], field: str, value: Combinable) -> tuple[int, int]:
     """Set the status of those rows that have one; return how many have, and how many have none."""
     rows = on_write_database(queryset)
-    changed = total = 0
-    with transaction.atomic(using=rows.db):
-        for part in owner_rows(rows, status_field(rows.model, field)):
-            first, last = Status.minimum(State.created), Status.maximum(State.canceled)
-            total += part.count()
-            with_status = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
-            changed += with_status.update(**{field: value})
-    return changed, max(total - changed, 0)
+    column = status_field(rows.model, field)
+    first, last = Status.minimum(State.created), Status.maximum(State.canceled)
+    engine = engine_for(rows.db)
+
+    def update() -> tuple[int, int]:
+        changed = total = 0
+        with engine.transaction():
+            engine.take_write_lock(column)
+            for part in owner_rows(rows, column):
+                total += part.count()
+                with_status = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
+                changed += with_status.update(**{field: value})
+        return changed, max(total - changed, 0)
+
+    return engine.patiently(update)
 
 
 def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:

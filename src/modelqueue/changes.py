@@ -13,7 +13,8 @@ from django.db import models, router
 from django.db.models.fields.files import FieldFile
 from django.db.models.signals import post_save, pre_save
 
-from modelqueue.fields import WATCHER, StatusField, is_saved
+from modelqueue.fields import WATCHER, Saved, StatusField, is_saved, unsave
+from modelqueue.source import Source
 from modelqueue.status import Status
 
 __all__ = ["Snapshot", "is_saved_by_plain_update", "save_merged"]
@@ -27,16 +28,19 @@ class Snapshot:
     """The values of an instance when it was claimed, deep enough to see a change inside a JSON value.
 
     Watches the instance until `close`: what `refresh_from_db` (or the access to a deferred field)
-    loads from then on is no change, and what the action saves itself is written already.
+    loads from then on is no change, and what the action saves itself is written already, unless the
+    transaction in which it did so is rolled back.
     """
 
-    def __init__(self, instance: models.Model, status: models.Field[Any, Any], lease: Status) -> None:
+    def __init__(self, instance: models.Model, source: Source[Any], lease: Status) -> None:
         self._instance = instance
-        self._status = status
-        self.held: Status | None = lease
-        """The status that was last written by this attempt: by its claim, or by a save() of the action."""
-        self._values: dict[str, Any] = {}
-        self._take(_loaded_fields(instance))
+        self._using = source.using
+        self._status = source.field
+        self._lease = lease
+        # What the row holds as far as we know: what was read, and on top of it what was saved.
+        self._layers: list[tuple[Saved | None, dict[str, Any]]] = [
+            (None, self._copy_of(_loaded_fields(instance)))
+        ]
         instance.__dict__[WATCHER] = self
 
     def close(self) -> None:
@@ -45,22 +49,51 @@ class Snapshot:
     def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
         if instance is self._instance:  # and no copy.copy() that the action made
             now = instance.__dict__
-            self._take(
-                [f for f in _loaded_fields(instance) if before.get(f.attname, _UNREAD) is not now[f.attname]]
-            )
+            fields = _loaded_fields(instance)
+            read = [f for f in fields if before.get(f.attname, _UNREAD) is not now[f.attname]]
+            values = self._copy_of(read)
+            values.pop(self._status.attname, None)  # what others wrote is not ours to replace
+            self._layers.append((None, values))
 
-    def saved(self, instance: models.Model, update_fields: Collection[str] | None) -> None:
-        if instance is self._instance:
+    def saved(self, instance: models.Model, update_fields: Collection[str] | None, saved: Saved) -> None:
+        if instance is self._instance and instance._state.db == self._using:
             fields = _loaded_fields(instance)
             if update_fields is not None:
                 fields = [f for f in fields if f.name in update_fields or f.attname in update_fields]
-            self._take(fields)
-            if is_saved(instance, self._status):
-                self.held = instance.__dict__[self._status.attname]
+            values = self._copy_of(fields)
+            if isinstance(self._status, StatusField) and not is_saved(instance, self._status):
+                values.pop(self._status.attname, None)
+            last = self._layers[-1][0]
+            if saved.is_committed and last is not None and last.is_committed:
+                self._layers[-1][1].update(values)  # an action may save its progress thousands of times
+            else:
+                self._layers.append((saved, values))
 
-    def _take(self, fields: Fields) -> None:
-        for field in fields:
-            self._values[field.attname] = _copied(self._instance.__dict__[field.attname])
+    def forget_saves(self) -> None:
+        """Take back what `saved` said: it was all rolled back, behind Django's back."""
+        del self._layers[1:]
+        unsave(self._instance, self._status)
+
+    def _copy_of(self, fields: Fields) -> dict[str, Any]:
+        return {field.attname: _copied(self._instance.__dict__[field.attname]) for field in fields}
+
+    def _values(self) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for saved, values in self._layers:
+            if saved is None or saved.stands:
+                merged.update(values)
+        return merged
+
+    @property
+    def written(self) -> Status | None:
+        """The status that this attempt wrote last: the lease, or what a save() of the action did."""
+        written: Status | None = self._values().get(self._status.attname, self._lease)
+        return written
+
+    @property
+    def held(self) -> set[Status | None]:
+        """What may stand in the row while the task is ours. Both, as a rollback can escape Django."""
+        return {self._lease, self.written}
 
     def changed(self) -> Fields:
         """Return the fields that the action changed, the status field left out.
@@ -69,15 +102,17 @@ class Snapshot:
             ValueError: the primary key was changed, so there is no row to write to.
         """
         instance = self._instance
+        known = self._values()
+        keys = getattr(instance._meta, "pk_fields", [instance._meta.pk])  # several from Django 5.2
         changed = _fetch_keys_of_related(instance)
         for field in _loaded_fields(instance):
             value = instance.__dict__[field.attname]
-            if field is self._status or not _differs(self._values.get(field.attname, _UNREAD), value):
+            if field is self._status or not _differs(known.get(field.attname, _UNREAD), value):
                 continue
-            if field.primary_key:
+            if field in keys:
                 raise ValueError(
                     "The action changed the primary key of its task from "
-                    f"{self._values[field.attname]!r} to {value!r}. Create another row instead."
+                    f"{known[field.attname]!r} to {value!r}. Create another row instead."
                 )
             changed.append(field)
         return changed
@@ -90,10 +125,9 @@ def save_merged(instance: models.Model, changed: Fields, status: models.Field[An
     not have been deleted. A full `save()`, so that overrides, signals and ``auto_now`` work.
     """
     keep = {field.attname for field in changed} | {status.attname}
+    keys = getattr(instance._meta, "pk_fields", [instance._meta.pk])
     fresh = [
-        field.attname
-        for field in _loaded_fields(instance)
-        if field.attname not in keep and not field.primary_key
+        field.attname for field in _loaded_fields(instance) if field.attname not in keep and field not in keys
     ]
     if fresh:
         instance.refresh_from_db(using=using, fields=fresh)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from django.db import DatabaseError, models
+from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
 from django.db.utils import Error
 from django.dispatch import Signal
@@ -27,7 +28,7 @@ from modelqueue.backoff import Delay
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.clock import now
 from modelqueue.engines import Claim, engine_for
-from modelqueue.fields import StatusField, is_assigned, set_loaded
+from modelqueue.fields import StatusField, is_assigned, is_saved, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_datetime
@@ -35,6 +36,8 @@ from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_da
 __all__ = ["run"]
 
 M = TypeVar("M", bound=models.Model)
+
+logger = logging.getLogger("modelqueue")
 
 #: Seconds after which `run` recovers again although there are tasks to run.
 _RECOVERY_INTERVAL = 1.0
@@ -98,11 +101,17 @@ def _check_action(action: object) -> None:
     if not callable(action):
         raise TypeError(f"The action is a callable that gets the task, not {action!r}.")
     function = action.func if isinstance(action, functools.partial) else action
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        raise TypeError(
-            f"run() can not await the action {action!r}, which is an async function. "
-            "Wrap it: asgiref.sync.async_to_sync(action)."
-        )
+    for called in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(called):
+            raise TypeError(
+                f"run() can not await the action {action!r}, which is an async function. "
+                "Wrap it: asgiref.sync.async_to_sync(action)."
+            )
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            raise TypeError(
+                f"The action {action!r} is a generator function: calling it runs nothing of it. "
+                "Give a function without yield."
+            )
 
 
 def _next_claim(source: Source[M], policy: Policy) -> Claim[M] | None:
@@ -147,9 +156,9 @@ class _Attempt(Generic[M]):
         self.snapshot: Snapshot | None = None
 
     @property
-    def held(self) -> Status | None:
-        """What stands in the row as long as the task is ours: the lease, or what the action saved itself."""
-        return self.claim.lease if self.snapshot is None else self.snapshot.held
+    def held(self) -> set[Status | None]:
+        """What stands in the row as long as the task is ours."""
+        return {self.claim.lease} if self.snapshot is None else self.snapshot.held
 
     def run(self, action: Callable[[M], object]) -> M | None:
         error = self.claim.error if self.task is None else self.act(action, self.task)
@@ -164,13 +173,14 @@ class _Attempt(Generic[M]):
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action; return what it raised, or None."""
         try:
-            self.snapshot = Snapshot(task, self.source.field, self.claim.lease)
+            self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
             self.tell(signals.task_claimed, status=self.claim.lease)
             if self.engine.is_inside_transaction():
                 return self.call_in_savepoint(action, task)
             error = _call(action, task)
-            if self.engine.restore_connection() and error is None:
-                return TransactionManagementError(
+            if self.engine.restore_connection():
+                snapshot.forget_saves()
+                error = error or TransactionManagementError(
                     "The action returned in the middle of a transaction, which was rolled back. "
                     "Leave every transaction that an action begins, with atomic() or COMMIT."
                 )
@@ -187,22 +197,20 @@ class _Attempt(Generic[M]):
         The savepoint is rolled back only if it must be. Otherwise what the action wrote stays, as it
         does without an outer transaction.
         """
-        connection = self.engine.connection
-        savepoint = connection.savepoint()
-        error = _call(action, task)
-        if not connection.needs_rollback:
-            try:
-                connection.savepoint_commit(savepoint)
-                return error
-            except DatabaseError as aborted:
-                error = error or aborted
-        # The order of Django's own atomic(): with the mark set it refuses even this rollback.
-        connection.needs_rollback = False
-        connection.savepoint_rollback(savepoint)
-        return error or TransactionManagementError(
-            "The action went on after an error of the database, or called set_rollback(True), so what it "
-            "wrote had to be rolled back. Put what may fail into an atomic() of its own."
-        )
+        error: BaseException | None = None
+        is_broken = False
+        try:
+            with transaction.atomic(using=self.source.using):
+                error = _call(action, task)
+                is_broken = self.engine.connection.needs_rollback
+        except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
+            error = error or aborted
+        if is_broken and error is None:
+            error = TransactionManagementError(
+                "The action went on after an error of the database, or called set_rollback(True), so what it "
+                "wrote had to be rolled back. Put what may fail into an atomic() of its own."
+            )
+        return error
 
     # Decide
 
@@ -220,7 +228,7 @@ class _Attempt(Generic[M]):
         """Return the status that the action assigned, saved or not; the lease where it did not."""
         field = self.source.field
         if isinstance(field, StatusField) and not is_assigned(task, field):
-            return self.held
+            return self.claim.lease if self.snapshot is None else self.snapshot.written
         return task.__dict__.get(field.attname, self.claim.lease)
 
     # Record
@@ -234,11 +242,28 @@ class _Attempt(Generic[M]):
         try:
             is_written = self.write(outcome, self.snapshot)
         except BaseException as error:
-            if self.snapshot is None or (isinstance(error, Error) and self.engine.is_try_again(error)):
+            is_hopeless = self.engine.is_inside_transaction() and self.engine.is_to_be_tried_again(error)
+            if self.snapshot is None or is_hopeless:
                 raise
-            outcome = failed(self.claim.lease, error, self.policy, now())
+            outcome = self.without_changes(outcome, error)
             is_written = self.write(outcome, None)
         self.conclude(outcome, is_written)
+        return outcome
+
+    def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
+        """Return what to record when the changes of the action can not be saved.
+
+        The attempt has failed, except where it was to end with an error of the action or to be given
+        back: that is what the caller has to see, a Ctrl-C above all, and the other error is logged.
+        """
+        if outcome.raised is None or not isinstance(error, Exception):
+            return failed(self.claim.lease, error, self.policy, now())
+        logger.error(
+            "%s %s: what the action changed can not be saved.",
+            self.source.model._meta.label,
+            self.claim.row.pk,
+            exc_info=error,
+        )
         return outcome
 
     def write(self, outcome: Outcome, snapshot: Snapshot | None) -> bool:
@@ -251,9 +276,10 @@ class _Attempt(Generic[M]):
             return False
         changed = [] if snapshot is None else snapshot.changed()
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
-            write = functools.partial(self.write_status, outcome)
-        else:
-            write = functools.partial(self.write_task, outcome, task, changed)
+            return self.engine.patiently(functools.partial(self.write_status, outcome), reconnect=True)
+        # A save() that is rolled back leaves its traces on the instance; each try begins without them.
+        as_left = dict(task.__dict__)
+        write = functools.partial(self.write_task, outcome, task, as_left, changed)
         return self.engine.patiently(write, reconnect=True)
 
     def write_status(self, outcome: Outcome) -> bool:
@@ -261,18 +287,37 @@ class _Attempt(Generic[M]):
         note = None if column is None else outcome.note
         if column is not None and self.task is not None and note == self.task.__dict__.get(column.attname):
             note = None
-        return self.engine.compare_and_set(self.source, self.claim.row, self.held, outcome.status, note)
+        held = self.held
+        if self.task is not None:
+            set_loaded(self.task, self.source.field, outcome.status)
+        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note)
 
-    def write_task(self, outcome: Outcome, task: M, changed: list[models.Field[Any, Any]]) -> bool:
+    def write_task(
+        self, outcome: Outcome, task: M, as_left: dict[str, Any], changed: list[models.Field[Any, Any]]
+    ) -> bool:
         source, column = self.source, self.source.error_field
-        with self.engine.transaction():
-            if not self.engine.compare_and_set(source, self.claim.row, self.held, outcome.status):
-                return False
-            set_loaded(task, source.field, outcome.status)
-            if column is not None and outcome.note is not None:
-                setattr(task, column.attname, outcome.note)
-                changed = [*changed, column]
-            save_merged(task, changed, source.field, source.using)
+        held = self.held
+        is_saved_in_full = False
+        try:
+            with self.engine.transaction():
+                if not self.engine.compare_and_set(source, self.claim.row, held, outcome.status):
+                    return False
+                task.__dict__.clear()
+                task.__dict__.update(as_left)
+                set_loaded(task, source.field, outcome.status)
+                if column is not None and outcome.note is not None:
+                    setattr(task, column.attname, outcome.note)
+                    changed = [*changed, column]
+                self.engine.lock_other_tables(source, task)
+                save_merged(task, changed, source.field, source.using)
+                is_saved_in_full = True
+        except Exception as error:
+            # A hook that the save() has left for the commit fails after it.
+            if not is_saved_in_full or isinstance(error, Error) or self.read() != (True, outcome.status):
+                raise
+            logger.exception(
+                "%s %s: a hook of its commit failed.", source.model._meta.label, self.claim.row.pk
+            )
         return True
 
     def conclude(self, outcome: Outcome, is_written: bool) -> None:
@@ -282,9 +327,13 @@ class _Attempt(Generic[M]):
             exists, stored = self.read()
             is_written = (
                 (exists and stored == outcome.status)  # the answer to our write was lost
-                or self.held != self.claim.lease  # written by the action, and by others after it
+                or (outcome.ending == "assign" and outcome.status in self.held)  # saved by the action itself
                 or self.is_deleted_by_action()
             )
+        elif task is not None and is_saved(task, self.source.field):
+            stored = task.__dict__[
+                self.source.field.attname
+            ]  # assigned by a save() or a pre_save of the user
         if task is not None and exists:
             set_loaded(task, self.source.field, stored)
         column = self.source.error_field
@@ -292,7 +341,7 @@ class _Attempt(Generic[M]):
             setattr(task, column.attname, outcome.note)
         ended = {"outcome": outcome.ending, "error": outcome.error}
         if is_written:
-            self.tell(signals.task_finished, status=outcome.status, **ended)
+            self.tell(signals.task_finished, status=stored if exists else outcome.status, **ended)
         else:
             self.tell(signals.lease_lost, lease=self.claim.lease, status=stored, **ended)
 
@@ -338,9 +387,11 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
         result = action(task)
     except BaseException as error:
         return error
-    if inspect.iscoroutine(result):
-        result.close()
-        return TypeError(f"The action {action!r} returned a coroutine, which run() can not await.")
+    if inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if not inspect.isasyncgen(result):
+            result.close()
+        kind = type(result).__name__.replace("_", " ")
+        return TypeError(f"The action {action!r} returned a {kind}, which run() does not run.")
     return None
 
 

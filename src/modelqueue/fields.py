@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from django.core import checks
-from django.db import models
+from django.db import connections, models, transaction
 from django.db.models.expressions import Combinable
 from django.db.models.query_utils import DeferredAttribute
 
@@ -92,10 +92,7 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         super().contribute_to_class(cls, name, private_only)
         # Not descriptor_class: Django keeps an attribute that an abstract parent has defined.
         setattr(cls, self.attname, StatusAttribute(self))
-        if not hasattr(cls.save_base, "_modelqueue"):
-            cls.refresh_from_db = _loads(cls.refresh_from_db)  # type: ignore[method-assign]
-            cls.save_base = _saves(cls.save_base)  # type: ignore[method-assign]
-            cls._save_table = _writes(cls._save_table)  # type: ignore[attr-defined]
+        make_watchable(cls)
 
     # Values
 
@@ -113,8 +110,8 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         return int(value) if isinstance(value, Status) else value
 
     def pre_save(self, model_instance: models.Model, add: bool) -> Any:
-        if _record(model_instance).get(self.attname) == "assigned":
-            _note(model_instance, self.attname, "saved")
+        if _is_to_be_written(model_instance, self.attname):
+            _note(model_instance, self.attname, _SAVING)
         elif not add and not model_instance._state.adding:
             return _AsStored(self)
         return super().pre_save(model_instance, add)
@@ -214,26 +211,59 @@ class Watcher(Protocol):
     def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
         """`refresh_from_db` has set values; `before` is the instance's __dict__ as it was."""
 
-    def saved(self, instance: models.Model, update_fields: Collection[str] | None) -> None:
+    def saved(self, instance: models.Model, update_fields: Collection[str] | None, saved: Saved) -> None:
         """`save` has written the named fields, or all."""
 
 
-def _record(instance: models.Model) -> dict[str, str]:
+class Saved:
+    """A save() that was done, and that stands unless the transaction around it is rolled back."""
+
+    def __init__(self, using: str) -> None:
+        self._using = using
+        self.is_committed = not connections[using].in_atomic_block
+        if not self.is_committed:
+            transaction.on_commit(self._commit, using=using)
+
+    def _commit(self) -> None:
+        self.is_committed = True
+
+    @property
+    def stands(self) -> bool:
+        # Django forgets what it was to do on commit when it rolls back, also to a savepoint.
+        return self.is_committed or any(
+            hook[1] == self._commit for hook in connections[self._using].run_on_commit
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is pickled or copied leaves the transaction; it can not be told of a rollback any more.
+        return {"_using": self._using, "is_committed": True}
+
+
+_ASSIGNED = "assigned"
+_SAVING = "saving"
+
+
+def _record(instance: models.Model) -> dict[str, str | Saved]:
     """Return the record of an instance, by attname.
 
-    "assigned": to be written; "saved": written by this instance, and not loaded or assigned since.
-    What was loaded has no entry.
+    "assigned": to be written; "saving": handed to a save() that is under way; a `Saved`: written by
+    this instance, and not loaded or assigned since. What was loaded has no entry.
     """
-    record: dict[str, str] = instance.__dict__.get(_RECORD, {})
+    record: dict[str, str | Saved] = instance.__dict__.get(_RECORD, {})
     return record
 
 
-def _note(instance: models.Model, attname: str, entry: str | None) -> None:
+def _note(instance: models.Model, attname: str, entry: str | Saved | None) -> None:
     """Set (or, with None, remove) an entry; on a copy, as copy.copy(instance) shares the dict."""
     record = {name: value for name, value in _record(instance).items() if name != attname}
     if entry is not None:
         record[attname] = entry
     instance.__dict__[_RECORD] = record
+
+
+def _is_to_be_written(instance: models.Model, attname: str) -> bool:
+    entry = _record(instance).get(attname)
+    return entry == _ASSIGNED or (isinstance(entry, Saved) and not entry.stands)
 
 
 class StatusAttribute(DeferredAttribute):
@@ -253,7 +283,7 @@ class StatusAttribute(DeferredAttribute):
         if was_loaded:
             _note(instance, name, None)
         elif not instance._state.adding and _WRITING not in data:
-            _note(instance, name, "assigned")
+            _note(instance, name, _ASSIGNED)
 
     def __delete__(self, instance: models.Model) -> None:
         # Django's way to have a field loaded again when it is read next.
@@ -298,12 +328,27 @@ def is_assigned(instance: models.Model, field: models.Field[Any, Any]) -> bool:
 
 def is_saved(instance: models.Model, field: models.Field[Any, Any]) -> bool:
     """Say whether the status was assigned and then written by the instance's own `save`."""
-    return _record(instance).get(field.attname) == "saved"
+    entry = _record(instance).get(field.attname)
+    return isinstance(entry, Saved) and entry.stands
+
+
+def unsave(instance: models.Model, field: models.Field[Any, Any]) -> None:
+    """Note that what the instance saved was rolled back, where Django could not see it."""
+    if is_assigned(instance, field):
+        _note(instance, field.attname, _ASSIGNED)
 
 
 # Django has no signal for a refresh, post_save does not tell a save() that failed from one that was
 # never tried, and nothing tells what a save() sets from what its receivers do, so three methods of the
 # model are wrapped.
+
+
+def make_watchable(model: type[models.Model]) -> None:
+    """Wrap the methods of a model, once; also of one whose status is in a plain BigIntegerField."""
+    if not hasattr(model.save_base, "_modelqueue"):
+        model.refresh_from_db = _loads(model.refresh_from_db)  # type: ignore[method-assign]
+        model.save_base = _saves(model.save_base)  # type: ignore[method-assign]
+        model._save_table = _writes(model._save_table)  # type: ignore[attr-defined]
 
 
 def _loads(method: Callable[..., None]) -> Callable[..., None]:
@@ -325,21 +370,25 @@ def _loads(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _saves(method: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `save_base`: after a failure what it should have written is assigned still."""
+    """Wrap `save_base`: what it wrote was saved; after a failure it is assigned still."""
 
     @functools.wraps(method)
     def save_base(self: models.Model, *args: Any, **kwargs: Any) -> None:
-        before = _record(self)
+        pending = [name for name in _record(self) if _is_to_be_written(self, name)]
         try:
             method(self, *args, **kwargs)
         except BaseException:
-            for name, entry in _record(self).items():
-                if entry == "saved" and before.get(name) == "assigned":
-                    _note(self, name, "assigned")
+            for name in pending:
+                _note(self, name, _ASSIGNED)
             raise
+        written = [name for name, entry in _record(self).items() if entry == _SAVING]
         watcher: Watcher | None = self.__dict__.get(WATCHER)
-        if watcher:
-            watcher.saved(self, kwargs.get("update_fields"))
+        if written or watcher:
+            saved = Saved(str(self._state.db))
+            for name in written:
+                _note(self, name, saved)
+            if watcher:
+                watcher.saved(self, kwargs.get("update_fields"), saved)
 
     save_base._modelqueue = True  # type: ignore[attr-defined]
     return save_base

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import functools
+import inspect
 import traceback
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +56,8 @@ class Policy:
                     f"Use 0 to {MOST_RETRIES}, or None for no limit."
                 )
         _check_duration("timeout", timeout)
+        if inspect.iscoroutinefunction(delay):
+            raise TypeError(f"delay={delay!r} is an async function, which nobody awaits. Use def.")
         if not callable(delay):
             _check_duration("delay", delay)
         return cls(retry, timeout, delay)

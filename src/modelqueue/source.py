@@ -15,8 +15,10 @@ from typing import Any, Generic, TypeVar, Union
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db import models
+from django.db.models import F
 from django.db.models.query import ModelIterable
 
+from modelqueue.fields import make_watchable
 from modelqueue.status import State, Status
 
 __all__ = ["Source", "Tasks"]
@@ -56,7 +58,9 @@ class Source(Generic[M]):
         if not rows.query.standard_ordering:
             rows = rows.reverse()  # undoes the caller's reverse(), which outlives order_by()
         error = None if error_field is None else _error_field(rows.model, error_field)
-        return cls(rows, status_field(rows.model, field), rows.db, error)
+        status = status_field(rows.model, field)
+        make_watchable(rows.model)
+        return cls(rows, status, rows.db, error)
 
     @property
     def model(self) -> type[M]:
@@ -77,6 +81,23 @@ class Source(Generic[M]):
         rows: models.QuerySet[Any] = models.QuerySet(self.owner, using=self.using)
         rows = rows.order_by()
         return rows
+
+    @property
+    def has_error_field_elsewhere(self) -> bool:
+        """True if the error field is in the table of a child, or of another parent, than the status."""
+        return self.error_field is not None and _owner(self.error_field) is not self.owner
+
+    def error_rows(self) -> models.QuerySet[Any]:
+        """All rows of the table that has the error field."""
+        field = self.field if self.error_field is None else self.error_field
+        rows: models.QuerySet[Any] = models.QuerySet(_owner(field), using=self.using)
+        return rows.order_by()
+
+    def keys_of_errors(self, pks: list[Any]) -> dict[Any, Any]:
+        """Return, for rows by their primary key, the primary key in the table of the error field."""
+        field = self.field if self.error_field is None else self.error_field
+        key = _owner_key(self.model, field)
+        return dict(self.rows().filter(pk__in=pks).values_list("pk", F(key)))
 
     def rows(self) -> models.QuerySet[M]:
         """All rows of the model, whatever its managers filter."""

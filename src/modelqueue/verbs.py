@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any, TypeVar
 
-from django.db import models, router, transaction
+from django.db import models, router
 from django.db.models import Q
 
 from modelqueue import outcomes, signals
@@ -30,7 +30,7 @@ logger = logging.getLogger("modelqueue")
 
 def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
     """Take up to `limit` due tasks for this worker, see `Engine.claim`."""
-    return engine_for(source.using).claim(source, now(), limit)
+    return engine_for(source.using).claim(source, now, limit)
 
 
 def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
@@ -101,8 +101,8 @@ def enqueue(
         How many tasks this made waiting or moved.
 
     Raises:
-        TypeError, ValueError: both `at` and `priority`, one of a wrong kind, an unsaved instance, a
-            sliced queryset, or no status field of that name.
+        TypeError, ValueError: both `at` and `priority`, one of a wrong kind, an unsaved instance, or
+            no status field of that name.
     """
     if at is not None and priority is not None:
         raise ValueError(
@@ -130,11 +130,16 @@ def enqueue(
     else:
         movable |= Q(**Status.filter(column.name, State.waiting))
 
-    # The condition is asked by the UPDATE itself: a task that is claimed meanwhile is left alone.
-    count = 0
-    with transaction.atomic(using=rows.db, savepoint=False):
-        for part in owner_rows(rows, column):
-            count += part.filter(movable).update(**{column.name: status})
+    engine = engine_for(rows.db)
+
+    def move() -> int:
+        with engine.transaction():
+            engine.take_write_lock(column)
+            # The condition is asked by the UPDATE itself: a task that is claimed meanwhile is left alone.
+            parts = owner_rows(rows, column)
+            return sum(part.filter(movable).update(**{column.name: status}) for part in parts)
+
+    count = engine.patiently(move)
     if count and isinstance(queryset_or_instance, models.Model):
         set_loaded(queryset_or_instance, column, status)
     return count

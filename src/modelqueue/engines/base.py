@@ -94,6 +94,7 @@ class Engine:
 
     def __init__(self, using: str) -> None:
         self.using = using
+        self._has_lost_connection = False
 
     @property
     def connection(self) -> BaseDatabaseWrapper:
@@ -308,11 +309,17 @@ class Engine:
             self._lock_by_writing(source, rows)
         held = dict(rows.values_list("pk", source.field.name))
         free = [row for row in candidates if held.get(row.key) == row.status]
-        if with_error_field and source.has_error_field_elsewhere and features.has_select_for_update_skip_locked:
-            others = source.error_rows().filter(pk__in=[row.pk for row in free])
-            writable = set(self._skipping_locked(others).values_list("pk", flat=True))
-            free = [row for row in free if row.pk in writable]
-        return free
+        return self._lock_errors(source, free) if with_error_field else free
+
+    def _lock_errors(self, source: Source[M], candidates: list[Candidate]) -> list[Candidate]:
+        """Lock the rows of the error field where they are in another table; return the free candidates."""
+        features = self.connection.features
+        if not source.has_error_field_elsewhere or not features.has_select_for_update_skip_locked:
+            return candidates
+        keys = source.keys_of_errors([row.pk for row in candidates])
+        rows = source.error_rows().filter(pk__in=keys.values())
+        writable = set(self._skipping_locked(rows).values_list("pk", flat=True))
+        return [row for row in candidates if keys.get(row.pk) in writable]
 
     def _skipping_locked(self, rows: models.QuerySet[Any]) -> models.QuerySet[Any]:
         # NO KEY where there is such a thing (PostgreSQL): inserts of child rows, whose foreign keys point
@@ -328,10 +335,11 @@ class Engine:
         """Begin a transaction that reads before it writes; of use where there is one writer at a time."""
 
     def lock_other_tables(self, source: Source[M], task: M) -> None:
-        """Lock the rows of an inherited model's other tables, so that nobody edits what is about to be saved."""
+        """Lock the rows of an inherited model in its other tables, lest somebody edits what is saved next."""
         if self.connection.features.has_select_for_update:
             for model in {field.model for field in task._meta.concrete_fields} - {source.owner}:
-                rows = models.QuerySet(model, using=self.using).order_by().select_for_update()
+                rows: models.QuerySet[Any] = models.QuerySet(model, using=self.using)
+                rows = rows.order_by().select_for_update()
                 list(rows.filter(pk=getattr(task, str(model._meta.pk.attname))).values_list("pk"))
 
     def _load(self, source: Source[M], rows: list[Candidate]) -> dict[Any, M]:
@@ -347,8 +355,8 @@ class Engine:
         if not isinstance(task, Exception):
             return task
         # Another one that loads proves that it is not the queryset, its prefetch_related() for example.
-        others = source.queryset.exclude(pk=row.pk).order_by().values_list("pk", flat=True)[:_WITNESSES]
-        if any(isinstance(self._try_to_load(source, pk), source.model) for pk in list(others)):
+        others = list(source.queryset.exclude(pk=row.pk).order_by().values_list("pk")[:_WITNESSES])
+        if any(isinstance(self._try_to_load(source, pk), source.model) for (pk,) in others):
             return task
         if isinstance(self._try_to_load(source, row.pk, source.rows()), Exception):
             return task
@@ -376,6 +384,9 @@ class Engine:
         """Say whether the database asks to try the same transaction again. The portable engine knows none."""
         return False
 
+    def is_to_be_tried_again(self, error: BaseException) -> bool:
+        return isinstance(error, Error) and self.is_try_again(error)
+
     def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
         """Do work in a transaction of its own, again while the database says "try again".
 
@@ -398,6 +409,7 @@ class Engine:
                 if is_outer:
                     raise
                 was_lost = not self.is_try_again(error) and self._has_lost(session)
+                self._has_lost_connection = was_lost
                 if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
                     raise
             self.note_contention()
@@ -415,6 +427,14 @@ class Engine:
         """Say whether the connection to the database is another one than `session`, or none."""
         # On its way out of a transaction Django has opened another where it found the first one broken.
         return session is None or self.connection.connection is not session or self._close_if_broken()
+
+    def _is_of_the_database_itself(self, error: Exception) -> bool:
+        """Say whether an error is no fault of a row or a queryset: the connection, a lock, the event loop."""
+        if isinstance(error, SynchronousOnlyOperation):
+            return True
+        if not isinstance(error, (OperationalError, InterfaceError)):
+            return False
+        return self.is_try_again(error) or self._has_lost_connection
 
     def _close_if_broken(self) -> bool:
         if self.connection.is_usable():
@@ -442,7 +462,7 @@ class Engine:
             connection.close()
             connection.connect()
             return True
-        if connection.errors_occurred and self._discard_broken_connection():
+        if connection.errors_occurred and self._close_if_broken():
             return False
         if not connection.get_autocommit():
             connection.rollback()

@@ -29,7 +29,8 @@ class MySQLEngine(Engine):
         # until our commit. Django's default is READ COMMITTED, but OPTIONS may say otherwise.
         connection = self.connection
         connection.ensure_connection()
-        if connection.isolation_level != "read committed" and not connection.in_atomic_block:
+        is_ours = not connection.in_atomic_block and connection.get_autocommit()
+        if is_ours and connection.isolation_level != "read committed":
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
         return super().transaction()

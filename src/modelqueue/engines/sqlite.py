@@ -47,8 +47,11 @@ class SQLiteEngine(Engine):
         return (code & 0xFF) in (_BUSY, _LOCKED)
 
     def _lock_by_writing(self, source: Source[Any], rows: models.QuerySet[Any]) -> None:
+        self.take_write_lock(source.field)
+
+    def take_write_lock(self, field: models.Field[Any, Any]) -> None:
         quote = self.connection.ops.quote_name
-        table, column = quote(source.owner._meta.db_table), quote(str(source.field.column))
+        table, column = quote(field.model._meta.db_table), quote(str(field.column))
         with self.connection.cursor() as cursor:
             cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")  # noqa: S608
         if time.monotonic() - self._began > _NOTICEABLE:  # in BEGIN IMMEDIATE or in the UPDATE
