@@ -22,7 +22,7 @@ from django.db.models.expressions import Combinable
 from django.db.models.query_utils import DeferredAttribute
 
 from modelqueue.lookups import StatusAttempts, StatusPriority, StatusState
-from modelqueue.status import Status, priority_to_datetime
+from modelqueue.status import State, Status, priority_to_datetime
 
 if TYPE_CHECKING:
     from django import forms
@@ -98,6 +98,10 @@ class StatusField(_BigIntegerField[_ST, _GT]):
 
     def from_db_value(self, value: int | None, *args: Any) -> Status | None:
         return None if value is None else Status(value)
+
+    def get_prep_value(self, value: Any) -> Any:
+        _refuse_state(self, value)
+        return super().get_prep_value(value)
 
     def to_python(self, value: Any) -> Any:
         if value is None or isinstance(value, Status):
@@ -191,6 +195,15 @@ def _leading_columns(model: type[models.Model]) -> set[str]:
     return names
 
 
+def _refuse_state(field: models.Field[Any, Any], value: Any) -> None:
+    # Both are ints, and as a status they would be foreign numbers, which no worker ever sees.
+    if isinstance(value, (State, bool)):
+        raise TypeError(
+            f"{field} takes a Status, not {value!r}. Give for example Status.waiting(); "
+            f"to compare with a state use {field.name}__state."
+        )
+
+
 # "Written only where it was assigned": the bookkeeping
 #
 # An instance keeps a record of the status fields that were assigned since they were loaded. While
@@ -276,7 +289,8 @@ class StatusAttribute(DeferredAttribute):
         if not was_loaded and value is not None and value is data.get(name):
             # full_clean() assigns what it has just read; that is nobody's decision.
             return
-        if isinstance(value, int) and not isinstance(value, bool):
+        _refuse_state(self.field, value)
+        if isinstance(value, int):
             # Always an object of our own, lest a constant that is assigned twice looks unchanged.
             value = Status(value)
         data[name] = value
@@ -379,7 +393,8 @@ def _saves(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *args, **kwargs)
         except BaseException:
             for name in pending:
-                _note(self, name, _ASSIGNED)
+                if name in _record(self):  # and not loaded again by a receiver before it raised
+                    _note(self, name, _ASSIGNED)
             raise
         written = [name for name, entry in _record(self).items() if entry == _SAVING]
         watcher: Watcher | None = self.__dict__.get(WATCHER)

@@ -18,7 +18,7 @@ from django.db import models
 from django.db.models import F
 from django.db.models.query import ModelIterable
 
-from modelqueue.fields import make_watchable
+from modelqueue.fields import ErrorField, make_watchable
 from modelqueue.status import State, Status
 
 __all__ = ["Source", "Tasks"]
@@ -171,7 +171,7 @@ def status_field(model: type[models.Model], name: str) -> models.Field[Any, Any]
 
 def _error_field(model: type[models.Model], name: str) -> models.Field[Any, Any]:
     """Return the field of a model that takes the text of a failure; raises as `status_field`."""
-    return _field_of_type(model, name, models.TextField, "a modelqueue.ErrorField")
+    return _field_of_type(model, name, ErrorField, "a modelqueue.ErrorField")
 
 
 def _field_of_type(
