@@ -450,11 +450,12 @@ class Engine:
         """
         if self.connection.connection is None:
             return False
+        was_open = self.is_inside_transaction()
         try:
             return self._restore_connection()
         except Exception:  # it is dead, and whatever was open on it was rolled back by the server
             self._throw_connection_away()
-            return False
+            return was_open
 
     def _restore_connection(self) -> bool:
         connection = self.connection
@@ -462,12 +463,12 @@ class Engine:
             connection.close()
             connection.connect()
             return True
-        if connection.errors_occurred and self._close_if_broken():
-            return False
         if not connection.get_autocommit():
             connection.rollback()
             connection.set_autocommit(True)
             return True
+        if connection.errors_occurred and self._close_if_broken():
+            return False
         return self._roll_back_open_transaction()
 
     def _throw_connection_away(self) -> None:
