@@ -1,0 +1,669 @@
+"""Connections that an action closes, breaks or misuses; errors that the database wants tried again."""
+
+import sqlite3
+import time
+
+import pytest
+from django.db import IntegrityError, InterfaceError, OperationalError, connection, connections, transaction
+from django.db.models import F
+from django.db.transaction import TransactionManagementError
+
+from modelqueue import Abort, State, Status, execution, run, verbs
+from modelqueue.engines import base, engine_for
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source
+from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
+from tests.processes import wait_until
+from tests.testapp.models import Job, Ledger, Paper, ShoutingPaper, StampedPaper, Task
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+MODELS = [Paper, StampedPaper, ShoutingPaper]
+
+
+@pytest.fixture
+def other_session():
+    """A second connection to the same database."""
+    other = connection.copy()
+    yield other
+    other.close()
+
+
+# What an action does to its connection
+
+
+def test_action_may_close_the_connection():
+    task = Task.objects.create()
+    run(Task.objects, "status", lambda task: connection.close())
+    assert stored(task).state == State.finished
+
+
+def test_action_may_close_all_connections_and_fail():
+    task = Task.objects.create()
+
+    def action(task):
+        connections.close_all()
+        raise Abort
+
+    run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def begin():
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+
+
+def enter_atomic():
+    transaction.atomic().__enter__()
+
+
+def enter_atomic_twice():
+    enter_atomic()
+    enter_atomic()
+
+
+def switch_autocommit_off():
+    transaction.set_autocommit(False)
+
+
+def close_within_atomic():
+    enter_atomic()
+    connection.close()
+
+
+def break_within_atomic():
+    enter_atomic()
+    transaction.set_rollback(True)
+
+
+UNFINISHED = [begin, enter_atomic, enter_atomic_twice, switch_autocommit_off, break_within_atomic]
+unfinished = pytest.mark.parametrize("begin", UNFINISHED)
+
+
+@unfinished
+@pytest.mark.parametrize("model", [Task, StampedPaper])
+def test_transaction_that_the_action_left_open_is_rolled_back_and_the_attempt_failed(model, begin):
+    task = model.objects.create()
+
+    def action(task):
+        begin()
+        if begin is not break_within_atomic:
+            write_down(task)
+
+    with pytest.raises(
+        TransactionManagementError, match="returned in the middle of a transaction, which was roll"
+    ):
+        run(model.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+    assert connection.get_autocommit()
+    assert not connection.in_atomic_block
+    assert run(model.objects, "status", write_down) == task
+    assert Ledger.objects.count() == 1
+
+
+@unfinished
+def test_error_in_the_middle_of_a_transaction_is_the_error_that_is_raised(begin):
+    task = Task.objects.create()
+
+    def action(task):
+        begin()
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert connection.get_autocommit()
+
+
+def test_connection_that_was_closed_within_a_transaction_is_opened_again():
+    task = Task.objects.create()
+    with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+        run(Task.objects, "status", lambda task: close_within_atomic())
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert run(Task.objects, "status", succeed) == task
+
+
+@pytest.mark.vendor("postgresql")  # where a transaction can not go on after an error
+def test_transaction_that_an_error_has_broken_is_rolled_back():
+    task = Task.objects.create()
+
+    def action(task):
+        begin()
+        with pytest.raises(IntegrityError):
+            Task.objects.create(pk=task.pk)
+
+    with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_error_of_the_database_in_the_action_is_an_ordinary_failure():
+    task = Task.objects.create()
+    with pytest.raises(IntegrityError):
+        run(Task.objects, "status", lambda task: Task.objects.create(pk=task.pk))
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert connection.get_autocommit()
+
+
+def test_error_that_the_action_caught_is_its_own_affair():
+    task = Task.objects.create()
+
+    def action(task):
+        with pytest.raises(IntegrityError):
+            Task.objects.create(pk=task.pk)
+
+    run(Task.objects, "status", action)
+    assert stored(task).state == State.finished
+
+
+def test_action_may_use_transactions():
+    task = Task.objects.create()
+
+    def action(task):
+        with transaction.atomic():
+            write_down(task)
+        transaction.set_autocommit(False)
+        write_down(task)
+        transaction.commit()
+        transaction.set_autocommit(True)
+
+    run(Task.objects, "status", action)
+    assert stored(task).state == State.finished
+    assert Ledger.objects.count() == 2
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_other_connections_are_left_alone():
+    task = Task.objects.create()
+    run(Task.objects, "status", lambda task: transaction.atomic(using="other").__enter__())
+    assert stored(task).state == State.finished
+    assert connections["other"].in_atomic_block
+    connections["other"].close()
+    connections["other"].connect()
+
+
+# Connections that the server ends
+
+
+def session_id(connection):
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_backend_pid()" if connection.vendor == "postgresql" else "SELECT connection_id()"
+        )
+        return cursor.fetchone()[0]
+
+
+def end_session(victim, other):
+    """Let the server end a session, as its administrator or a restart does; wait until it is gone."""
+    number = session_id(victim)
+    with other.cursor() as cursor:
+        if other.vendor == "postgresql":
+            cursor.execute("SELECT pg_terminate_backend(%s)", [number])
+            find = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
+        else:
+            cursor.execute(f"KILL {number}")
+            find = "SELECT 1 FROM information_schema.processlist WHERE id = %s"
+        wait_until(lambda: cursor.execute(find, [number]) is None or not cursor.fetchone())
+
+
+servers = pytest.mark.vendor("postgresql", "mysql")
+
+
+@servers
+@pytest.mark.parametrize("model", MODELS)
+def test_session_that_ended_during_the_action_costs_nothing(model, other_session):
+    task = model.objects.create()
+
+    def action(task):
+        task.title = "b"
+        end_session(connection, other_session)
+
+    run(model.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts, row(task).title) == (State.finished, 1, "b")
+
+
+@servers
+@pytest.mark.parametrize("swallow", [True, False])
+def test_session_that_ended_under_a_query_of_the_action(swallow, other_session):
+    task = Task.objects.create()
+
+    def action(task):
+        end_session(connection, other_session)
+        try:
+            write_down(task)
+        except (OperationalError, InterfaceError):
+            if not swallow:
+                raise
+
+    if swallow:
+        run(Task.objects, "status", action)
+        assert stored(task).state == State.finished
+    else:
+        with pytest.raises((OperationalError, InterfaceError)):
+            run(Task.objects, "status", action)
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert Task.objects.count() == 1
+
+
+@servers
+def test_session_that_ended_within_a_transaction_of_the_action(other_session):
+    task = Task.objects.create()
+
+    def action(task):
+        with transaction.atomic():
+            write_down(task)
+            end_session(connection, other_session)
+            write_down(task)
+
+    with pytest.raises((OperationalError, InterfaceError)):
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+
+
+@servers
+@pytest.mark.parametrize("begin", [switch_autocommit_off, enter_atomic])
+def test_session_that_ended_within_a_transaction_that_the_action_left_open(begin, other_session):
+    """What the action wrote is gone, so its return is no success."""
+    task = Task.objects.create()
+
+    def action(task):
+        begin()
+        write_down(task)
+        end_session(connection, other_session)
+
+    with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+
+
+@servers
+def test_after_an_error_of_the_connection_the_next_call_opens_another(other_session):
+    task = Task.objects.create()
+    end_session(connection, other_session)
+    with pytest.raises((OperationalError, InterfaceError)):
+        run(Task.objects, "status", unexpected)
+    assert run(Task.objects, "status", succeed) == task
+
+
+@servers
+def test_after_an_error_of_the_connection_within_a_claim_the_next_call_opens_another(
+    other_session, monkeypatch
+):
+    task = Task.objects.create()
+    engine = type(engine_for("default"))
+    load = engine._load
+
+    def end_and_load(self, source, rows):
+        end_session(connection, other_session)
+        return load(self, source, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_load", end_and_load)
+        with pytest.raises((OperationalError, InterfaceError)):
+            run(Task.objects, "status", unexpected)
+    assert stored(task) == task.status
+    assert run(Task.objects, "status", succeed) == task
+
+
+def lose_answer(monkeypatch, method, count=1):
+    """Let the answer to a write of the outcome be lost: it is done, and then the connection breaks."""
+    write = getattr(execution._Attempt, method)
+    lost = []
+
+    def write_and_lose(self, *args):
+        result = write(self, *args)
+        if len(lost) < count:
+            lost.append(result)
+            connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+        return result
+
+    monkeypatch.setattr(execution._Attempt, method, write_and_lose)
+    return lost
+
+
+@pytest.mark.parametrize(("model", "method"), [(Paper, "write_status"), (StampedPaper, "write_task")])
+def test_answer_that_was_lost_is_asked_for(model, method, monkeypatch, caplog):
+    task = model.objects.create()
+    lost = lose_answer(monkeypatch, method)
+    with heard("task_finished", "lease_lost") as events:
+        returned = run(model.objects, "status", succeed)
+    assert lost == [True]
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+    assert returned.status == stored(task)
+    assert [(name, event["status"]) for name, event in events] == [("task_finished", stored(task))]
+    assert "lease lost" not in caplog.text
+
+
+def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):
+    monkeypatch.setattr(base, "PATIENCE", 0.2)
+    task = Task.objects.create()
+    lose_answer(monkeypatch, "write_status", count=1_000_000)
+    with pytest.raises(OperationalError, match="server closed the connection"):
+        run(Task.objects, "status", succeed)
+    assert stored(task).state == State.finished  # as it happens
+
+
+# Errors that the database wants tried again
+
+
+class TryAgain(OperationalError):  # noqa: N818
+    pass
+
+
+@pytest.fixture
+def asks_again(monkeypatch):
+    """Every engine takes `TryAgain` for an error after which the same may be tried again."""
+    for engine in (type(engine_for("default")), base.Engine):
+        known = engine.is_try_again
+        monkeypatch.setattr(
+            engine,
+            "is_try_again",
+            lambda self, error, known=known: isinstance(error, TryAgain) or known(self, error),
+        )
+
+
+def fail_first(monkeypatch, owner, name, times, after=False):
+    """Let a function raise `TryAgain` at its first calls, before or after it has done its work."""
+    original = getattr(owner, name)
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > times:
+            return original(*args, **kwargs)
+        if after:
+            original(*args, **kwargs)
+        raise TryAgain("deadlock")
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+def engine_class():
+    return type(engine_for("default"))
+
+
+@pytest.mark.usefixtures("asks_again")
+@pytest.mark.parametrize("step", ["_read_page", "_lock", "_load", "compare_and_set"])
+def test_each_step_of_a_claim_is_tried_again(step, monkeypatch):
+    task = Task.objects.create()
+    calls = fail_first(monkeypatch, engine_class(), step, 3)
+    assert run(Task.objects, "status", succeed) == task
+    assert len(calls) > 3
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+
+
+@pytest.mark.usefixtures("asks_again")
+@pytest.mark.parametrize("step", ["_read_page", "_lock", "compare_and_set"])
+def test_each_step_of_a_recovery_is_tried_again(step, monkeypatch):
+    Task.objects.bulk_create([Task(status=Status.working(0)) for _ in range(3)])
+    fail_first(monkeypatch, engine_class(), step, 3)
+    assert verbs.recover(Source.of(Task.objects, "status"), Policy()) == 3
+    assert {task.status.attempts for task in Task.objects.all()} == {1}
+
+
+@pytest.mark.usefixtures("asks_again")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("after", [False, True])
+def test_outcome_is_tried_again(model, after, monkeypatch):
+    task = model.objects.create(pages=1, title="a")
+
+    def action(task):
+        task.pages = F("pages") + 10
+        task.title = "b"
+        # From here on it is the outcome that is written.
+        fail_first(monkeypatch, engine_class(), "compare_and_set", 2, after)
+
+    returned = run(model.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+    assert (row(task).pages, row(task).title) == (returned.pages, returned.title) == (11, "b")
+
+
+@pytest.mark.usefixtures("asks_again")
+def test_outcome_that_was_rolled_back_is_computed_anew(monkeypatch):
+    """What was rolled back after the save counts for nothing: an F() is applied to the value of then."""
+    job = Job.objects.create(title="a", review_status=None)
+    paper = Paper.objects.create(pages=1)
+    save = execution.save_merged
+
+    def save_and_fail(*args):
+        save(*args)
+        monkeypatch.setattr(execution, "save_merged", edit_and_save)
+        raise TryAgain("could not serialize")
+
+    def edit_and_save(*args):
+        Paper.objects.update(pages=100)
+        save(*args)
+
+    def count(paper):
+        paper.pages = F("pages") + 10
+
+    monkeypatch.setattr(execution, "save_merged", save_and_fail)
+    assert run(Paper.objects, "status", count).pages == 110
+    assert row(paper).pages == 110
+
+    def enqueue_next(job):
+        job.review_status = Status.waiting(5)
+
+    monkeypatch.setattr(execution, "save_merged", save_and_fail)
+    run(Job.objects, "status", enqueue_next)
+    assert row(job).review_status == Status.waiting(5)
+
+
+@pytest.mark.usefixtures("asks_again")
+def test_error_to_be_tried_again_is_raised_in_the_end(monkeypatch):
+    monkeypatch.setattr(base, "PATIENCE", 0.2)
+    task = Task.objects.create()
+    calls = fail_first(monkeypatch, engine_class(), "_lock", 1_000_000)
+    before = time.monotonic()
+    with pytest.raises(TryAgain):
+        run(Task.objects, "status", unexpected)
+    assert 0.2 <= time.monotonic() - before < 5
+    assert len(calls) > 3
+    assert stored(task) == task.status
+
+
+@pytest.mark.usefixtures("asks_again")
+def test_outcome_that_can_not_be_written_for_long_is_no_failure_of_the_action(monkeypatch):
+    monkeypatch.setattr(base, "PATIENCE", 0.1)
+    task = Task.objects.create()
+
+    def action(task):
+        fail_first(monkeypatch, engine_class(), "compare_and_set", 1_000_000)
+
+    with pytest.raises(TryAgain):
+        run(Task.objects, "status", action)
+    assert stored(task).state == State.working  # until its lease runs out
+
+
+@pytest.mark.usefixtures("asks_again")
+def test_try_again_error_of_the_action_is_an_ordinary_failure():
+    task = Task.objects.create()
+    calls = []
+
+    def action(task):
+        calls.append(task)
+        raise TryAgain("deadlock")
+
+    with pytest.raises(TryAgain):
+        run(Task.objects, "status", action)
+    assert len(calls) == 1
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_other_error_of_the_database_is_raised_at_once(monkeypatch):
+    Task.objects.create()
+    calls = []
+
+    def refuse(*args):
+        calls.append(args)
+        raise OperationalError("disk full")
+
+    monkeypatch.setattr(engine_class(), "_lock", refuse)
+    with pytest.raises(OperationalError, match="disk full"):
+        run(Task.objects, "status", unexpected)
+    assert len(calls) == 2  # all candidates together, then one by one
+
+
+# Which errors are to be tried again
+
+
+def locked_by_another(other):
+    """Lock the row, or on SQLite the database, in another session; return how to let go."""
+    other.set_autocommit(False)
+    with other.cursor() as cursor:
+        if other.vendor == "sqlite":
+            cursor.execute("BEGIN IMMEDIATE")
+        else:
+            cursor.execute("SELECT id FROM testapp_task FOR UPDATE")
+            cursor.fetchall()
+
+
+def test_lock_of_somebody_else_is_an_error_to_be_tried_again(other_session):
+    task = Task.objects.create()
+    locked_by_another(other_session)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            {
+                "sqlite": "PRAGMA busy_timeout = 10",
+                "postgresql": "SET lock_timeout = '10ms'",
+                "mysql": "SET innodb_lock_wait_timeout = 1",
+            }[connection.vendor]
+        )
+    try:
+        with pytest.raises(OperationalError) as caught:
+            Task.objects.filter(pk=task.pk).update(data="x")
+        assert engine_for("default").is_try_again(caught.value)
+        assert not base.Engine("default").is_try_again(caught.value)
+    finally:
+        other_session.rollback()
+        other_session.close()
+        connection.close()
+
+
+def test_other_errors_are_not_tried_again():
+    engine = engine_for("default")
+    assert not engine.is_try_again(OperationalError("disk full"))
+    assert not engine.is_try_again(OperationalError())
+    with pytest.raises(Exception) as caught, connection.cursor() as cursor:  # noqa: PT011
+        cursor.execute("SELECT nonsense")
+    assert not engine.is_try_again(caught.value)
+
+
+@pytest.mark.vendor("sqlite")
+@pytest.mark.parametrize(("text", "is_busy"), [("database is locked", True), ("disk I/O error", False)])
+def test_busy_sqlite_is_known_by_its_text_where_there_is_no_code(text, is_busy):
+    error = OperationalError(text)
+    error.__cause__ = sqlite3.OperationalError(text)  # as on Python 3.10
+    assert engine_for("default").is_try_again(error) == is_busy
+
+
+@pytest.mark.vendor("postgresql")
+def test_error_of_psycopg_2_is_known_by_its_code():
+    error, cause = OperationalError(), Exception()
+    cause.pgcode = "40P01"
+    error.__cause__ = cause
+    assert engine_for("default").is_try_again(error)
+
+
+# Locks of others
+
+
+def test_busy_database_does_not_reach_the_caller(other_session):
+    """Somebody holds the write lock (SQLite) or the row for longer than the database itself waits."""
+    task = Task.objects.create()
+    with connection.cursor() as cursor:
+        if connection.vendor == "sqlite":
+            cursor.execute("PRAGMA busy_timeout = 1")
+    locked_by_another(other_session)
+    returned = []
+    waits = []
+
+    def let_go():
+        waits.append(1)
+        if len(waits) == 5:
+            other_session.rollback()
+
+    engine = engine_class()
+    note = engine.note_contention
+    try:
+        if connection.vendor == "sqlite":
+            engine.note_contention = lambda self: (let_go(), note(self))
+            returned.append(run(Task.objects, "status", succeed))
+            assert len(waits) >= 5
+        else:
+            assert run(Task.objects, "status", unexpected) is None
+            other_session.rollback()
+            returned.append(run(Task.objects, "status", succeed))
+    finally:
+        engine.note_contention = note
+        other_session.rollback()
+        other_session.close()
+        connection.close()
+    assert returned == [task]
+
+
+def test_contention_makes_workers_pause(vendor, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("modelqueue.engines.sqlite.time.sleep", pauses.append)
+    engine = engine_for("default")
+    engine.note_contention()
+    engine.give_way()
+    assert len(pauses) == (vendor == "sqlite")
+    assert all(0.001 <= pause <= 0.005 for pause in pauses)
+
+
+# The portable engine
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    """What a database gets that has no engine of its own and no SKIP LOCKED."""
+    monkeypatch.setattr("modelqueue.engines._ENGINES", {})
+    monkeypatch.setattr(connection.features, "has_select_for_update_skip_locked", False)
+    assert type(engine_for("default")) is base.Engine
+
+
+@pytest.mark.usefixtures("portable")
+@pytest.mark.parametrize("model", [Task, StampedPaper])
+def test_portable_engine_runs_tasks(model):
+    tasks = [model.objects.create() for _ in range(3)]
+    assert [run(model.objects, "status", succeed) for _ in range(4)] == [*tasks, None]
+    expired = model.objects.create(status=Status.working(0))
+    assert run(model.objects, "status", raising(Abort())) == expired
+    assert stored(expired).attempts == 2
+
+
+@pytest.mark.usefixtures("portable")
+def test_portable_engine_restores_a_connection():
+    task = Task.objects.create()
+
+    def action(task):
+        with connection.cursor() as cursor:
+            cursor.execute("BEGIN")
+        write_down(task)
+
+    run(Task.objects, "status", action)
+    assert stored(task).state == State.finished
+    assert not Ledger.objects.exists()  # rolled back, though it can not tell that there was something
+
+
+@pytest.mark.usefixtures("portable")
+def test_portable_engine_takes_no_row_that_another_was_faster_to_take(monkeypatch):
+    Task.objects.create(status=Status.waiting(0))
+    second = Task.objects.create()
+    compare_and_set = base.Engine.compare_and_set
+
+    def overtaken(self, source, candidate, old, new, note=None):
+        monkeypatch.setattr(base.Engine, "compare_and_set", compare_and_set)
+        Task.objects.filter(pk=candidate.pk).update(status=Status.working(7))
+        return compare_and_set(self, source, candidate, old, new, note)
+
+    monkeypatch.setattr(base.Engine, "compare_and_set", overtaken)
+    assert run(Task.objects, "status", succeed) == second
+    assert Task.objects.get(pk=second.pk - 1).status == Status.working(7)
