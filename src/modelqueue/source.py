@@ -104,19 +104,21 @@ class Source(Generic[M]):
         rows: models.QuerySet[M] = models.QuerySet(self.model, using=self.using)
         return rows
 
-    def due(self, now: dt.datetime) -> models.QuerySet[M]:
-        """The waiting rows whose priority has come, the first to run first."""
+    def due(self, now: dt.datetime, first: int | None = None) -> models.QuerySet[M]:
+        """The waiting rows whose priority has come, the first to run first; from the status `first` on."""
         last = Status.waiting(now, Status.max_attempts)
-        return self._between(Status.minimum(State.waiting), last)
+        return self._between(Status.minimum(State.waiting) if first is None else first, last)
 
-    def expired(self, cutoff: dt.datetime) -> models.QuerySet[M]:
-        """The working rows whose last claim or renewal was at `cutoff` or before."""
+    def expired(self, cutoff: dt.datetime, first: int | None = None) -> models.QuerySet[M]:
+        """The working rows whose last claim or renewal was at `cutoff` or before; from `first` on."""
         last = Status.working(cutoff, Status.max_attempts)
-        return self._between(Status.minimum(State.working), last)
+        return self._between(Status.minimum(State.working) if first is None else first, last)
 
     def _between(self, first: int, last: int) -> models.QuerySet[M]:
         name = self.field.name
-        rows: models.QuerySet[M] = self.queryset.filter(**{f"{name}__gte": first, f"{name}__lte": int(last)})
+        rows: models.QuerySet[M] = self.queryset.filter(
+            **{f"{name}__gte": int(first), f"{name}__lte": int(last)}
+        )
         rows = rows.order_by(name, "pk")
         return rows
 

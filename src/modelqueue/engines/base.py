@@ -111,7 +111,7 @@ class Engine:
         see `Claim.error`; one that a constraint of its table keeps from working is passed over.
         """
         claims: list[Claim[M]] = []
-        for page in self._pages(source, source.due(clock())):
+        for page in self._pages(source, partial(source.due, clock())):
             # First as many as are wanted, since the head of the queue is what should run; where that
             # is taken, ever more at once, since somebody may hold very many rows.
             size = limit
@@ -194,7 +194,7 @@ class Engine:
             For each page, once it is committed: the expired rows that were recovered, each with its
             new status. Rows that somebody has locked are left for the next time.
         """
-        for page in self._pages(source, source.expired(cutoff)):
+        for page in self._pages(source, partial(source.expired, cutoff)):
             yield self._recover_among(source, page, judge)
 
     def _recover_among(
@@ -267,21 +267,26 @@ class Engine:
 
     # The steps of a claim and of a recovery
 
-    def _pages(self, source: Source[M], rows: models.QuerySet[M]) -> Iterator[list[Candidate]]:
-        """Pick: read candidates in their order, without a lock, a few first and then more at a time."""
+    def _pages(
+        self, source: Source[M], rows_from: Callable[[int | None], models.QuerySet[M]]
+    ) -> Iterator[list[Candidate]]:
+        """Pick: read candidates in their order, without a lock, a few first and then more at a time.
+
+        Args:
+            rows_from: gives the rows from a status on. (The bound is replaced from page to page, not
+                added to: SQLite seeks to the first of two, and would read each page from the head.)
+        """
         name = source.field.name
         size = _FIRST_PAGE
-        page = self.patiently(partial(self._read_page, source, rows, size))
+        page = self.patiently(partial(self._read_page, source, rows_from(None), size))
         while page:
             yield list(dict.fromkeys(page))  # a join repeats rows
             if len(page) < size:
                 return
             last = page[-1]
             size = min(size * 5, _LONGEST_PAGE)
-            beyond = rows.filter(
-                Q(**{f"{name}__gt": last.status}) | Q(pk__gt=last.pk), **{f"{name}__gte": last.status}
-            )
-            page = self.patiently(partial(self._read_page, source, beyond, size))
+            rows = rows_from(last.status).filter(Q(**{f"{name}__gt": last.status}) | Q(pk__gt=last.pk))
+            page = self.patiently(partial(self._read_page, source, rows, size))
 
     def _read_page(self, source: Source[M], rows: models.QuerySet[M], size: int) -> list[Candidate]:
         columns = ["pk", source.field.name]
