@@ -6,15 +6,20 @@ The proof is a ledger in a table of its own, into which the action inserts a row
 import asyncio
 import os
 import threading
+import time
 from collections import Counter
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connections
+from django.db.models import F
 
 import modelqueue
+from modelqueue import Status, verbs
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source
 from tests.actions import write_down
-from tests.testapp.models import Ledger, Task
+from tests.testapp.models import Ledger, Paper, Task
 
 WORKERS = 8
 #: For threads and coroutines, which take turns; MODELQUEUE_TEST_TASKS=5000 makes it a long run.
@@ -100,3 +105,76 @@ def test_eight_coroutines_run_each_task_once():
 
     async_to_sync(main)()
     assert_each_ran_once("default", TASKS)
+
+
+def in_threads(work, count=4):
+    """Call a function in several threads; return what it returned and raised."""
+    results = []
+
+    def call():
+        try:
+            results.append(work())
+        except BaseException as error:
+            results.append(error)
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return results
+
+
+@pytest.mark.django_db(transaction=True)
+def test_edits_of_others_and_changes_of_actions_are_all_kept():
+    papers = Paper.objects.bulk_create([Paper() for _ in range(20)])
+    edits = []
+
+    def count(paper):
+        write_down(paper)
+        paper.pages = F("pages") + 1
+        if paper.pk % 3 == 0 and Ledger.objects.filter(task=paper.pk).count() < 5:
+            raise modelqueue.Retry
+
+    def work():
+        while modelqueue.run(Paper.objects.all(), "status", count) or is_left():
+            pass
+
+    def is_left():
+        return Paper.objects.filter(status__state__in=["waiting", "working"]).exists()
+
+    def edit():
+        for number in range(1, 6):
+            for paper in papers:
+                modelqueue.enqueue(Paper.objects.filter(pk=paper.pk), "status")
+                Paper.objects.filter(pk=paper.pk).update(facts={"edit": number})
+
+    editor = threading.Thread(target=lambda: edits.extend(in_threads(edit, 1)))
+    editor.start()
+    assert in_threads(work) == [None] * 4
+    editor.join(120)
+    assert edits == [None]
+    assert in_threads(work, 1) == [None]
+    runs = Counter(Ledger.objects.values_list("task", flat=True))
+    for paper in Paper.objects.all():
+        assert (paper.pages, paper.facts) == (runs[paper.pk], {"edit": 5})
+        assert paper.status.state == modelqueue.State.finished
+
+
+@pytest.mark.django_db(transaction=True)
+def test_expired_tasks_are_recovered_once_each_by_all_who_see_them():
+    Task.objects.bulk_create([Task(status=Status.working(number)) for number in range(500)])
+    source = Source.of(Task.objects.all(), "status")
+    before = time.monotonic()
+
+    def work():
+        count = 0
+        while Task.objects.filter(status__state="working").exists():
+            count += verbs.recover(source, Policy())
+        return count
+
+    assert sum(in_threads(work)) == 500
+    assert time.monotonic() - before < 30
+    assert {task.status.attempts for task in Task.objects.all()} == {1}
