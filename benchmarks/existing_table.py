@@ -1,4 +1,4 @@
-"""Measure the how-to "Add a queue to a large table": the files of the page, on a table of a million rows.
+"""Measure the how-to "Add a queue to an existing table": the files of the page, on a table of a million rows.
 
     python -m benchmarks.existing_table --rows 1000000 --db postgres
 
