@@ -420,3 +420,10 @@ def test_no_transaction_is_left_open():
     run(Task.objects, "status", succeed)
     assert connection.get_autocommit()
     assert not connection.in_atomic_block
+
+
+def test_action_that_returns_a_generator_has_failed():
+    task = Task.objects.create()
+    with pytest.raises(TypeError, match="returned a generator"):
+        run(Task.objects, "status", lambda task: (item for item in [task]))
+    assert stored(task).attempts == 1

@@ -182,3 +182,29 @@ def test_options_may_be_given_by_position(task):
         run(Task.objects, "status", unexpected, 10, dt.timedelta(1), dt.timedelta(1))
     with pytest.raises(TypeError, match="positional"):
         run(Task.objects, "status", unexpected, 1, SECOND, SECOND, "error")
+
+
+def test_generator_functions_are_no_actions():
+    task = Task.objects.create()
+
+    def generator(task):
+        yield task
+
+    async def async_generator(task):
+        yield task
+
+    for action in (generator, async_generator):
+        with pytest.raises(TypeError, match="is a generator function"):
+            run(Task.objects, "status", action)
+    assert stored(task) == task.status
+
+
+def test_delay_is_no_async_function():
+    task = Task.objects.create()
+
+    async def delay(attempts):
+        return SECOND
+
+    with pytest.raises(TypeError, match="nobody awaits"):
+        run(Task.objects, "status", unexpected, delay=delay)
+    assert stored(task) == task.status
