@@ -13,13 +13,14 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connections
 from django.db.models import F
+from django.db.models.signals import pre_save
 
 import modelqueue
 from modelqueue import Status, verbs
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import write_down
-from tests.testapp.models import Ledger, Paper, Task
+from tests.testapp.models import Ledger, Paper, PrintJob, Task
 
 WORKERS = 8
 #: For threads and coroutines, which take turns; MODELQUEUE_TEST_TASKS=5000 makes it a long run.
@@ -178,3 +179,31 @@ def test_expired_tasks_are_recovered_once_each_by_all_who_see_them():
     assert sum(in_threads(work)) == 500
     assert time.monotonic() - before < 30
     assert {task.status.attempts for task in Task.objects.all()} == {1}
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("model", [Paper, PrintJob])
+def test_edit_while_the_changes_are_saved_comes_after_them(model):
+    """Between reading the newest row and saving it nobody edits it, in none of its tables."""
+    task = model.objects.create(pages=1)
+    edits = []
+    editor = threading.Thread(
+        target=lambda: edits.extend(in_threads(lambda: model.objects.filter(pk=task.pk).update(pages=9), 1))
+    )
+
+    def edit(sender, **arguments):
+        editor.start()
+        editor.join(0.3)  # as long as it would take if nothing held it up
+
+    def change(task):
+        task.title = "b"
+
+    pre_save.connect(edit, sender=model)
+    try:
+        modelqueue.run(model.objects, "status", change)
+    finally:
+        pre_save.disconnect(edit, sender=model)
+    editor.join(60)
+    assert edits == [1]
+    task = model.objects.get()
+    assert (task.title, task.pages, task.status.state) == ("b", 9, modelqueue.State.finished)

@@ -442,6 +442,7 @@ def test_child_row_in_flight_does_not_hide_its_task(bystander):
     # Its foreign key holds a lock on the task, which FOR UPDATE would meet.
     paper = Paper.objects.create()
     with bystander.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # otherwise it is taken at the commit
         cursor.execute(f"INSERT INTO testapp_attachment (paper_id, name) VALUES ({paper.pk}, '')")
     assert run(Paper.objects, "status", succeed) == paper
 
