@@ -103,6 +103,21 @@ def test_transaction_that_the_action_left_open_is_rolled_back_and_the_attempt_fa
     assert Ledger.objects.count() == 1
 
 
+@pytest.mark.parametrize("begin", [begin, enter_atomic, switch_autocommit_off])
+def test_what_the_action_saved_in_a_transaction_that_it_left_open_is_saved_with_the_outcome(begin):
+    paper = Paper.objects.create(title="a")
+
+    def action(paper):
+        begin()
+        paper.title = "b"
+        paper.status = Status.created()
+        paper.save()
+
+    with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+        run(Paper.objects, "status", action)
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "b")
+
+
 @unfinished
 def test_error_in_the_middle_of_a_transaction_is_the_error_that_is_raised(begin):
     task = Task.objects.create()
