@@ -23,9 +23,9 @@ class TickingClock(Clock):
         return self.moment
 
 
-def assign(status):
+def assign(*waiting):
     def action(task):
-        task.status = status
+        task.status = Status.waiting(*waiting)
 
     return action
 
@@ -39,9 +39,9 @@ BACK_TO_WAITING = {
     "Abort": raising(Abort()),
     "failure": raising(ValueError()),
     "release": raising(asyncio.CancelledError()),
-    "assigned time": assign(Status.waiting(attempts=9)),
-    "assigned number": assign(Status.waiting(0, 9)),
-    "assigned past": assign(Status.waiting(dt.datetime(2020, 1, 1), 9)),
+    "assigned time": assign(None, 9),
+    "assigned number": assign(0, 9),
+    "assigned past": assign(dt.datetime(2020, 1, 1), 9),
 }
 
 

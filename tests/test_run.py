@@ -286,10 +286,10 @@ def test_wrong_result_of_the_delay_does_not_keep_the_task(delay):
 
 
 def test_delay_may_depend_on_the_attempts():
-    Task.objects.create()
     now = Clock()
     waits = []
     with clock.use(now):
+        Task.objects.create()
         for _ in range(4):
             task = run(Task.objects, "status", raising(Abort()), delay=modelqueue.backoff.linear(60 * SECOND))
             if task.status.state == State.waiting:
