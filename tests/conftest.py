@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 from django.conf import settings
 from django.db import connection
@@ -9,14 +12,21 @@ from django.db import connection
 from modelqueue import execution
 from tests.processes import Processes
 
+IN_MEMORY = Path("/dev/shm")
+
 
 @pytest.fixture(scope="session")
-def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix, tmp_path_factory):
-    """SQLite in files: other threads and other processes have to see the same database."""
-    folder = tmp_path_factory.mktemp("databases")
-    for alias, database in settings.DATABASES.items():
-        if database["ENGINE"].endswith("sqlite3"):
-            database.setdefault("TEST", {})["NAME"] = str(folder / f"{alias}.sqlite3")
+def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix):
+    """SQLite in files: other threads and other processes have to see the same database.
+
+    In memory where the system has a folder for that: no test cuts the power, and each commit would wait for
+    the disk, as on the servers.
+    """
+    with TemporaryDirectory(prefix="modelqueue-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
+        for alias, database in settings.DATABASES.items():
+            if database["ENGINE"].endswith("sqlite3"):
+                database.setdefault("TEST", {})["NAME"] = str(Path(folder) / f"{alias}.sqlite3")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -201,7 +201,7 @@ def test_signals_are_sent_before_the_commit():
     assert connection.in_atomic_block
 
 
-def test_thousands_of_random_steps(vendor):
+def test_thousands_of_random_steps():
     """Rows come in and are run with every kind of end; nothing gets lost and no state is impossible."""
     rng = random.Random(2026)
     errors = [None, None, None, Retry, Abort, Cancel, ValueError, SystemExit, KeyboardInterrupt]
@@ -214,7 +214,7 @@ def test_thousands_of_random_steps(vendor):
         if error:
             raise error
 
-    steps = 10_000 if vendor == "sqlite" else 2_500  # a server takes its time for each of five statements
+    steps = 2_500
     for _ in range(steps):
         if rng.random() < 0.3:
             # Some of a worker that died.
