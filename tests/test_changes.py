@@ -6,13 +6,13 @@ import decimal
 
 import pytest
 from django.core.files.base import ContentFile
-from django.db import IntegrityError, connection
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models import F
 from django.db.models.signals import post_save, pre_save
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Cancel, Retry, State, Status, run
-from tests.actions import raising, row, stored, succeed, unexpected
+from tests.actions import heard, raising, row, stored, succeed, unexpected
 from tests.testapp.models import (
     Attachment,
     Paper,
@@ -615,6 +615,31 @@ def test_listener_that_raises_is_a_failed_attempt(error):
     finally:
         pre_save.disconnect(receive, sender=Paper)
     assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "a")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), IntegrityError("no"), OperationalError("no")])
+def test_hook_of_the_commit_that_fails_is_no_failed_attempt(error, caplog):
+    """The outcome is committed by then."""
+    paper = Paper.objects.create(title="a")
+
+    def fail():
+        raise error
+
+    def receive(sender, **arguments):
+        transaction.on_commit(fail)
+
+    def change(paper):
+        paper.title = "b"
+
+    post_save.connect(receive, sender=Paper)
+    try:
+        with heard("task_finished", "lease_lost") as events:
+            assert run(Paper.objects, "status", change) == paper
+    finally:
+        post_save.disconnect(receive, sender=Paper)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.finished, 1, "b")
+    assert "is recorded, but its commit ended with an error" in caplog.text
 
 
 def test_value_that_the_database_refuses_is_a_failed_attempt():

@@ -51,6 +51,7 @@ ENDINGS = {
     "fails": fail(Late()),
     "leaves": fail(SystemExit()),
 }
+CHANGING = [end for name, end in ENDINGS.items() if name != "returns"]
 endings = pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
 models = pytest.mark.parametrize("model", MODELS)
 
@@ -219,6 +220,50 @@ def test_plain_column_is_fenced_too(end):
 
     lose(PlainJob, lambda job: PlainJob.objects.update(status=Status.canceled(5)), end)
     assert row(job).status == Status.canceled(5)
+
+
+@pytest.mark.parametrize(
+    ("end", "event"), [(nothing, "task_finished"), *((end, "lease_lost") for end in CHANGING)]
+)
+def test_status_set_by_hand_after_the_action_saved_its_own_stands(end, event):
+    """The action had ended its task by then; what it wanted to write later is lost."""
+    paper = Paper.objects.create(title="a")
+    decision = Status.created(7)
+
+    def save_and_lose(paper):
+        paper.status = Status.canceled(5)
+        paper.save()
+        Paper.objects.filter(pk=paper.pk).update(status=decision, title="by hand")
+
+    with heard("task_finished", "lease_lost") as events:
+        lose(Paper, save_and_lose, end)
+    assert [(name, facts["status"]) for name, facts in events] == [(event, decision)]
+    assert (stored(paper), row(paper).title) == (decision, "by hand")
+
+
+def test_plain_column_that_the_action_reads_again_is_its_lease():
+    job = PlainJob.objects.create(status=Status.waiting())
+
+    def refresh(job):
+        job.refresh_from_db()
+        job.title = "b"
+
+    returned = run(PlainJob.objects, "status", refresh)
+    assert (returned.status.state, row(job).title) == (State.finished, "b")
+    assert stored(job) == returned.status
+
+
+def test_plain_column_that_the_action_reads_again_shows_that_it_was_taken():
+    job = PlainJob.objects.create(status=Status.waiting())
+
+    def lose_and_refresh(job):
+        PlainJob.objects.filter(pk=job.pk).update(status=Status.canceled(5))
+        job.refresh_from_db()
+
+    with heard("task_finished", "lease_lost") as events:
+        run(PlainJob.objects, "status", lose_and_refresh)
+    assert [name for name, _ in events] == ["lease_lost"]
+    assert stored(job) == Status.canceled(5)
 
 
 def test_enqueue_leaves_a_working_task_to_its_worker():

@@ -2,14 +2,18 @@
 
 import asyncio
 import datetime as dt
+import threading
 from contextlib import suppress
 
 import pytest
+from django.db import connection
 
+import modelqueue
 from modelqueue import ZERO_SECS, Abort, Retry, State, Status, clock, run, verbs
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import MILLISECOND, SECOND, Clock, raising, stored, succeed, unexpected
+from tests.processes import wait_until
 from tests.testapp.models import Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -93,6 +97,31 @@ def test_lease_is_later_than_the_moment_of_the_claim_and_than_what_it_replaced()
         seen = []
         run(Task.objects, "status", lambda task: seen.append(task.status))
     assert seen == [Status.working(now.moment + MILLISECOND)]
+
+
+@pytest.mark.vendor("sqlite")
+def test_lease_begins_after_the_wait_for_the_database():
+    """The time that a claim waits while somebody else writes is not taken from its worker."""
+    Task.objects.create()
+    writer = connection.copy()
+    with writer.cursor() as cursor:
+        cursor.execute("BEGIN IMMEDIATE")
+    started = modelqueue.now()
+    held = 300 * MILLISECOND
+
+    def end():
+        wait_until(lambda: modelqueue.now() - started > held)
+        writer.rollback()
+
+    # The connection of the writer is used by this thread alone from here on.
+    writer.inc_thread_sharing()
+    thread = threading.Thread(target=end)
+    thread.start()
+    leases = []
+    run(Task.objects, "status", lambda task: leases.append(task.status))
+    thread.join()
+    writer.close()
+    assert leases[0].parse()[1] > started + held
 
 
 def test_clock_that_stands_still_makes_nobody_wait():

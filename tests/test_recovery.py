@@ -4,8 +4,9 @@ import datetime as dt
 import time
 
 import pytest
-from django.db import connections
+from django.db import IntegrityError, connections
 
+import modelqueue
 from modelqueue import ONE_HOUR, ZERO_SECS, Abort, State, Status, clock, execution, run, verbs
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
@@ -21,7 +22,16 @@ from tests.actions import (
     succeed,
     unexpected,
 )
-from tests.testapp.models import Job, Paper, PickyPaper, PrintJob, ReviewedTask, Task
+from tests.testapp.models import (
+    ExclusiveTask,
+    Job,
+    Paper,
+    PickyPaper,
+    PickyReference,
+    PrintJob,
+    ReviewedTask,
+    Task,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -367,11 +377,77 @@ def test_row_that_can_not_be_loaded_is_recovered_like_others():
     assert recover(PickyPaper.objects, error_field="error") == 1
 
 
+def test_row_whose_related_row_can_not_be_loaded_is_a_failed_attempt():
+    papers = [PickyPaper.objects.create(title=title) for title in ("unreadable", "a")]
+    references = [PickyReference.objects.create(paper=paper) for paper in papers]
+    rows = PickyReference.objects.select_related("paper")
+    with pytest.raises(ValueError, match="can not be read"):
+        run(rows, "status", unexpected)
+    assert (stored(references[0]).state, stored(references[0]).attempts) == (State.waiting, 1)
+    assert run(rows, "status", succeed) == references[1]
+
+
 def test_queryset_that_can_not_be_loaded_raises_and_claims_nothing():
     task = Task.objects.create()
     with pytest.raises(AttributeError, match="nonsense"):
         run(Task.objects.prefetch_related("nonsense"), "status", unexpected)
     assert stored(task) == task.status
+
+
+# Rows that a constraint of their table keeps where they are
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_row_that_a_constraint_keeps_from_working_is_passed_over(caplog):
+    ran = []
+
+    def act(task):
+        ran.append(task.group)
+        # The other one of this group has to wait; that of another group has not.
+        run(ExclusiveTask.objects, "status", lambda other: ran.append(other.group))
+
+    ExclusiveTask.objects.create(group=1, status=Status.waiting(0))
+    run(ExclusiveTask.objects, "status", lambda task: add_and_act(task, act))
+    assert ran == [1, 2]
+    assert "can not be claimed" in caplog.text
+    assert run(ExclusiveTask.objects, "status", lambda task: ran.append(task.group)).group == 1
+    assert ran == [1, 2, 1]
+    assert {status.state for status in statuses(ExclusiveTask)} == {State.finished}
+
+
+def add_and_act(task, act):
+    ExclusiveTask.objects.create(group=1, status=Status.waiting(1))
+    ExclusiveTask.objects.create(group=2, status=Status.waiting(2))
+    act(task)
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_row_that_a_constraint_keeps_from_waiting_is_recovered_when_it_may(caplog):
+    one = ExclusiveTask.objects.create(group=1, status=EXPIRED)
+    two = ExclusiveTask.objects.create(group=1, status=Status.waiting(ONE_HOUR + modelqueue.now()))
+    three = ExclusiveTask.objects.create(group=2, status=EXPIRED)
+    assert recover(ExclusiveTask.objects) == 1
+    assert "can not be recovered" in caplog.text
+    assert (one.status, two.status) == (stored(one), stored(two))
+    assert (stored(three).state, stored(three).attempts) == (State.waiting, 1)
+    two.delete()
+    assert recover(ExclusiveTask.objects) == 1
+    assert (stored(one).state, stored(one).attempts) == (State.waiting, 1)
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_failure_that_a_constraint_keeps_from_waiting_is_raised_and_recovered():
+    task = ExclusiveTask.objects.create(group=1)
+
+    def fail(task):
+        ExclusiveTask.objects.create(group=1)
+        raise ValueError("no")
+
+    with pytest.raises(IntegrityError):
+        run(ExclusiveTask.objects, "status", fail)
+    assert stored(task).state == State.working
+    ExclusiveTask.objects.exclude(pk=task.pk).delete()
+    assert run(ExclusiveTask.objects, "status", succeed, timeout=ZERO_SECS) == task
 
 
 # Rows that somebody has locked
@@ -425,6 +501,21 @@ def test_recovery_passes_over_a_locked_row(bystander):
     assert stored(tasks[37]).state == State.working
     bystander.rollback()
     assert recover() == 1
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_recovery_passes_over_a_row_whose_error_can_not_be_written(bystander):
+    # The status is in the table of the parent, and free.
+    tasks = [ReviewedTask.objects.create(status=EXPIRED) for _ in range(3)]
+    with bystander.cursor() as cursor:
+        cursor.execute(f"SELECT 1 FROM testapp_reviewedtask WHERE task_ptr_id = {tasks[1].pk} FOR UPDATE")
+        cursor.fetchall()
+    before = time.monotonic()
+    assert recover(ReviewedTask.objects, error_field="error") == 2
+    assert time.monotonic() - before < 5
+    assert stored(tasks[1]).state == State.working
+    bystander.rollback()
+    assert recover(ReviewedTask.objects, error_field="error") == 1
 
 
 @pytest.mark.db_feature("has_select_for_update_skip_locked")

@@ -13,7 +13,7 @@ from django.db import models, router
 from django.db.models.fields.files import FieldFile
 from django.db.models.signals import post_save, pre_save
 
-from modelqueue.fields import WATCHER, Saved, StatusField, is_saved, unsave
+from modelqueue.fields import WATCHER, Saved, StatusField, is_assigned, is_saved, unsave
 from modelqueue.source import Source
 from modelqueue.status import Status
 
@@ -37,6 +37,7 @@ class Snapshot:
         self._using = source.using
         self._status = source.field
         self._lease = lease
+        self._status_read: Status | None = lease
         # What the row holds as far as we know: what was read, and on top of it what was saved.
         self._layers: list[tuple[Saved | None, dict[str, Any]]] = [
             (None, self._copy_of(_loaded_fields(instance)))
@@ -52,7 +53,8 @@ class Snapshot:
             fields = _loaded_fields(instance)
             read = [f for f in fields if before.get(f.attname, _UNREAD) is not now[f.attname]]
             values = self._copy_of(read)
-            values.pop(self._status.attname, None)  # what others wrote is not ours to replace
+            # What others wrote is not ours to replace.
+            self._status_read = values.pop(self._status.attname, self._status_read)
             self._layers.append((None, values))
 
     def saved(self, instance: models.Model, update_fields: Collection[str] | None, saved: Saved) -> None:
@@ -89,6 +91,14 @@ class Snapshot:
         """The status that this attempt wrote last: the lease, or what a save() of the action did."""
         written: Status | None = self._values().get(self._status.attname, self._lease)
         return written
+
+    @property
+    def assigned(self) -> Any:
+        """The status that the action assigned, saved or not; else the one that this attempt wrote last."""
+        value = self._instance.__dict__.get(self._status.attname, self._status_read)
+        if isinstance(self._status, StatusField):
+            return value if is_assigned(self._instance, self._status) else self.written
+        return value if value != self._status_read else self.written  # a plain column notes no assignment
 
     @property
     def held(self) -> set[Status | None]:

@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 
 from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
-from django.db.utils import Error
 from django.dispatch import Signal
 
 from modelqueue import signals, verbs
@@ -28,7 +27,7 @@ from modelqueue.backoff import Delay
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.clock import now
 from modelqueue.engines import Claim, engine_for
-from modelqueue.fields import StatusField, is_assigned, is_saved, set_loaded
+from modelqueue.fields import is_saved, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_datetime
@@ -215,21 +214,13 @@ class _Attempt(Generic[M]):
     # Decide
 
     def decide(self, error: BaseException | None) -> Outcome:
-        if error is None and self.task is not None:
-            value = self.assigned_by_action(self.task)
+        if error is None and self.snapshot is not None:
             try:
-                if value != self.claim.lease:
-                    return assigned(value, self.source.field.null)
+                if self.snapshot.assigned != self.claim.lease:
+                    return assigned(self.snapshot.assigned, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
         return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
-
-    def assigned_by_action(self, task: M) -> Any:
-        """Return the status that the action assigned, saved or not; the lease where it did not."""
-        field = self.source.field
-        if isinstance(field, StatusField) and not is_assigned(task, field):
-            return self.claim.lease if self.snapshot is None else self.snapshot.written
-        return task.__dict__.get(field.attname, self.claim.lease)
 
     # Record
 
@@ -311,12 +302,15 @@ class _Attempt(Generic[M]):
                 self.engine.lock_other_tables(source, task)
                 save_merged(task, changed, source.field, source.using)
                 is_saved_in_full = True
-        except Exception as error:
-            # A hook that the save() has left for the commit fails after it.
-            if not is_saved_in_full or isinstance(error, Error) or self.read() != (True, outcome.status):
+        except Exception:
+            # A hook that the save() has left for the commit fails after it; the answer to it can get lost.
+            is_ended = is_saved_in_full and not self.engine.is_inside_transaction()
+            if not is_ended or self.read() != (True, outcome.status):
                 raise
             logger.exception(
-                "%s %s: a hook of its commit failed.", source.model._meta.label, self.claim.row.pk
+                "%s %s: its outcome is recorded, but its commit ended with an error.",
+                source.model._meta.label,
+                self.claim.row.pk,
             )
         return True
 
@@ -327,7 +321,7 @@ class _Attempt(Generic[M]):
             exists, stored = self.read()
             is_written = (
                 (exists and stored == outcome.status)  # the answer to our write was lost
-                or (outcome.ending == "assign" and outcome.status in self.held)  # saved by the action itself
+                or self.is_saved_by_action(outcome)
                 or self.is_deleted_by_action()
             )
         elif task is not None and is_saved(task, self.source.field):
@@ -348,6 +342,12 @@ class _Attempt(Generic[M]):
     def read(self) -> tuple[bool, Status | None]:
         """Return whether the row of the task exists, and its status."""
         return self.engine.patiently(lambda: self.engine.read(self.source, self.claim.row), reconnect=True)
+
+    def is_saved_by_action(self, outcome: Outcome) -> bool:
+        # Whatever somebody has made of the row after that.
+        if outcome.ending != "assign" or self.snapshot is None:
+            return False
+        return outcome.status in self.snapshot.held and not self.snapshot.changed()
 
     def is_deleted_by_action(self) -> bool:
         # Model.delete() leaves an instance without its key.

@@ -114,6 +114,31 @@ class PickyPaper(models.Model):
     error = modelqueue.ErrorField()
 
 
+class PickyReference(models.Model):
+    """Its own columns can be read; those of the paper it refers to, perhaps not."""
+
+    paper = models.ForeignKey(PickyPaper, models.CASCADE)
+    status = modelqueue.StatusField()
+
+
+class ExclusiveTask(models.Model):
+    """At most one per group is working, and one per group is waiting."""
+
+    group = models.IntegerField()
+    status = modelqueue.StatusField()
+    error = modelqueue.ErrorField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["group"],
+                condition=models.Q(**modelqueue.Status.filter("status", state)),
+                name=f"one_{state}_per_group",
+            )
+            for state in ("waiting", "working")
+        ]
+
+
 class Attachment(models.Model):
     """A child row: its foreign key takes a lock on the paper."""
 
