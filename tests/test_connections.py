@@ -14,7 +14,7 @@ from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
 from tests.processes import wait_until
-from tests.testapp.models import Job, Ledger, Paper, ShoutingPaper, StampedPaper, Task
+from tests.testapp.models import Job, Ledger, Paper, PickyPaper, ShoutingPaper, StampedPaper, Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -322,6 +322,42 @@ def test_after_an_error_of_the_connection_within_a_claim_the_next_call_opens_ano
             run(Task.objects, "status", unexpected)
     assert stored(task) == task.status
     assert run(Task.objects, "status", succeed) == task
+
+
+@servers
+def test_error_of_the_connection_within_a_recovery_is_no_fault_of_a_row(other_session, monkeypatch, caplog):
+    Task.objects.bulk_create([Task(status=Status.working(0)) for _ in range(3)])
+    lock = engine_class()._lock
+
+    def end_and_lock(*args, **options):
+        end_session(connection, other_session)
+        return lock(*args, **options)
+
+    source = Source.of(Task.objects, "status")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_class(), "_lock", end_and_lock)
+        with pytest.raises((OperationalError, InterfaceError)):
+            verbs.recover(source, Policy())
+    assert "can not be recovered" not in caplog.text
+    assert verbs.recover(source, Policy()) == 3
+
+
+@servers
+def test_error_of_the_connection_is_not_taken_for_a_row_that_can_not_be_loaded(other_session, monkeypatch):
+    paper = PickyPaper.objects.create(title="unreadable")
+    load_one = engine_class()._load_one
+
+    def end_and_load(*args):
+        end_session(connection, other_session)
+        return load_one(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_class(), "_load_one", end_and_load)
+        with pytest.raises((OperationalError, InterfaceError)):
+            run(PickyPaper.objects, "status", unexpected)
+    assert stored(paper) == paper.status
+    with pytest.raises(ValueError, match="can not be read"):
+        run(PickyPaper.objects, "status", unexpected)
 
 
 def lose_answer(monkeypatch, method, count=1):
@@ -636,6 +672,63 @@ def test_contention_makes_workers_pause(vendor, monkeypatch):
 # The portable engine
 
 
+@pytest.mark.vendor("mysql")
+def test_transaction_of_ours_is_read_committed_whatever_the_options_say(monkeypatch):
+    """Under REPEATABLE READ a claim locks the gaps between the rows, and nobody can insert a task there."""
+    levels = []
+
+    def level_of_this_transaction(self, source, rows):
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT trx_isolation_level FROM information_schema.innodb_trx"
+                " WHERE trx_mysql_thread_id = connection_id()"
+            )
+            levels.extend(cursor.fetchone())
+        return load(self, source, rows)
+
+    load = engine_class()._load
+    Task.objects.create()
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    monkeypatch.setattr(connection, "isolation_level", "repeatable read")
+    monkeypatch.setattr(engine_class(), "_load", level_of_this_transaction)
+    run(Task.objects, "status", succeed)
+    connection.close()
+    assert levels == ["READ COMMITTED"]
+
+
+@pytest.mark.vendor("mysql")
+def test_transaction_left_open_on_mysql_is_rolled_back(monkeypatch):
+    """MySQL does not say whether there is one."""
+    task = Task.objects.create()
+    monkeypatch.setattr(connections["default"], "mysql_is_mariadb", False)
+
+    def action(task):
+        begin()
+        write_down(task)
+
+    run(Task.objects, "status", action)
+    assert stored(task).state == State.finished
+    assert not Ledger.objects.exists()
+
+
+@servers
+def test_connection_that_can_not_even_be_closed_is_thrown_away(monkeypatch):
+    task = Task.objects.create()
+
+    def action(task):
+        enter_atomic()
+        monkeypatch.setattr(connection, "close", refuse_to_close)
+
+    def refuse_to_close():
+        monkeypatch.undo()
+        raise OperationalError("server closed the connection unexpectedly")
+
+    with pytest.raises(TransactionManagementError):
+        run(Task.objects, "status", action)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
 @pytest.fixture
 def portable(monkeypatch):
     """What a database gets that has no engine of its own and no SKIP LOCKED."""
@@ -682,3 +775,18 @@ def test_portable_engine_takes_no_row_that_another_was_faster_to_take(monkeypatc
     monkeypatch.setattr(base.Engine, "compare_and_set", overtaken)
     assert run(Task.objects, "status", succeed) == second
     assert Task.objects.get(pk=second.pk - 1).status == Status.working(7)
+
+
+@pytest.mark.usefixtures("portable")
+def test_portable_engine_recovers_no_row_that_another_was_faster_to_recover(monkeypatch):
+    tasks = Task.objects.bulk_create([Task(status=Status.working(0)) for _ in range(3)])
+    lock = base.Engine._lock
+
+    def lock_and_lose(*args, **options):
+        locked = lock(*args, **options)
+        Task.objects.filter(pk=tasks[1].pk).update(status=Status.waiting(7, 1))
+        return locked
+
+    monkeypatch.setattr(base.Engine, "_lock", lock_and_lose)
+    assert verbs.recover(Source.of(Task.objects, "status"), Policy()) == 2
+    assert stored(tasks[1]) == Status.waiting(7, 1)

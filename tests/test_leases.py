@@ -124,6 +124,24 @@ def test_lease_begins_after_the_wait_for_the_database():
     assert leases[0].parse()[1] > started + held
 
 
+def test_clock_that_is_set_back_between_pick_and_claim():
+    """The lease is later than the time that it replaces all the same."""
+    now = Clock()
+    with clock.use(now):
+        before = Status.waiting()
+        Task.objects.create(status=before)
+    looks = []
+
+    def set_back():
+        looks.append(now.moment if not looks else now.moment - 10 * SECOND)
+        return looks[-1]
+
+    with clock.use(set_back):
+        [claim] = verbs.claim(Source.of(Task.objects, "status"))
+    assert claim.lease.priority == before.priority + 1
+    assert claim.row.status == before
+
+
 def test_clock_that_stands_still_makes_nobody_wait():
     now = Clock()
     with clock.use(now):

@@ -182,6 +182,24 @@ def test_try_again_is_raised_at_once_since_only_the_caller_can(monkeypatch):
     assert len(calls) == 1
 
 
+def test_try_again_while_the_outcome_is_written_is_raised_at_once(monkeypatch):
+    engine = type(engine_for("default"))
+    calls = []
+
+    def refuse(*args):
+        calls.append(args)
+        raise OperationalError("try again")
+
+    def action(task):
+        monkeypatch.setattr(engine, "is_try_again", lambda self, error: True)
+        monkeypatch.setattr(engine, "compare_and_set", refuse)
+
+    Task.objects.create()
+    with pytest.raises(OperationalError, match="try again"):
+        run(Task.objects, "status", action)
+    assert len(calls) == 1
+
+
 def test_savepoints_of_the_caller_stay():
     with transaction.atomic():
         Task.objects.create()

@@ -19,6 +19,8 @@ from tests.testapp.models import (
     ConcreteJob,
     Job,
     Paper,
+    PickyPaper,
+    PickyReference,
     PrintJob,
     Project,
     ProxyJob,
@@ -217,6 +219,24 @@ def test_condition_on_another_table_is_asked_again_under_the_lock(monkeypatch):
     monkeypatch.setattr(engine, "_lock", edit_and_lock)
     assert run(Paper.objects.filter(title="mine"), "status", succeed) == second
     assert stored(first) == first.status
+
+
+def test_condition_on_another_table_is_asked_again_beside_a_row_that_can_not_be_loaded(monkeypatch):
+    papers = [PickyPaper.objects.create(title=title) for title in ("unreadable", "a", "b")]
+    references = [PickyReference.objects.create(paper=paper) for paper in papers]
+    engine = type(engine_for("default"))
+    lock = engine._lock
+
+    def lock_and_edit(*args, **options):
+        PickyPaper.objects.filter(title="a").update(title="gone")
+        return lock(*args, **options)
+
+    monkeypatch.setattr(engine, "_lock", lock_and_edit)
+    rows = PickyReference.objects.select_related("paper").exclude(paper__title="gone")
+    claims = verbs.claim(Source.of(rows, "status"), 3)
+    assert [claim.row.pk for claim in claims] == [references[0].pk, references[2].pk]
+    assert [type(claim.error) for claim in claims] == [ValueError, type(None)]
+    assert stored(references[1]).state == State.waiting
 
 
 @pytest.mark.parametrize("change", [{"status": Status.canceled(5)}, {"status": Status.waiting(7)}])

@@ -10,7 +10,7 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connection
 
 import modelqueue
-from modelqueue import Abort, Cancel, Retry, State, Status, clock, run
+from modelqueue import Abort, Cancel, Retry, State, Status, clock, run, signals
 from tests.actions import LONG_AGO, SECOND, Clock, heard, raising, row, stored, succeed, unexpected
 from tests.testapp.models import Job, Paper, PlainJob, StampedPaper, Task
 
@@ -422,8 +422,31 @@ def test_no_transaction_is_left_open():
     assert not connection.in_atomic_block
 
 
-def test_action_that_returns_a_generator_has_failed():
+async def yield_later():
+    yield
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: (item for item in "a"), yield_later], ids=["generator", "async generator"]
+)
+def test_action_that_returns_a_generator_has_failed(made):
     task = Task.objects.create()
-    with pytest.raises(TypeError, match="returned a generator"):
-        run(Task.objects, "status", lambda task: (item for item in [task]))
+    with pytest.raises(TypeError, match=r"returned an? (async )?generator"):
+        run(Task.objects, "status", lambda task: made())
     assert stored(task).attempts == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interruption_before_the_action_is_a_failed_attempt(error):
+    task = Task.objects.create()
+
+    def interrupt(sender, **facts):
+        raise error
+
+    signals.task_claimed.connect(interrupt)
+    try:
+        with pytest.raises(error):
+            run(Task.objects, "status", unexpected)
+    finally:
+        signals.task_claimed.disconnect(interrupt)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)

@@ -369,6 +369,19 @@ def test_assignment_survives_a_copy(copied):
     assert stored(job) == FINISHED
 
 
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda job: pickle.loads(pickle.dumps(job))])
+def test_copy_of_what_was_saved_in_an_open_transaction_writes_nothing(copied):
+    job = loaded(Job)
+    with transaction.atomic():
+        job.status = CANCELED
+        job.save()
+        twin = copied(job)
+    finish(job)
+    twin.save()
+    assert stored(job) == FINISHED
+
+
 def test_assignment_to_a_copy_is_not_one_to_the_original():
     job = loaded(Job)
     copy.copy(job).status = CANCELED
@@ -395,6 +408,25 @@ def test_failed_save_does_not_bring_back_what_an_earlier_one_wrote():
     with pytest.raises(IntegrityError), transaction.atomic():
         job.save()
     assert saved_title(job) == "edited"
+    assert stored(job) == FINISHED
+
+
+def test_failed_save_leaves_alone_what_a_listener_has_read_again():
+    job = loaded(Job)
+    job.status = CANCELED
+
+    def read_and_refuse(sender, instance, **arguments):
+        instance.refresh_from_db()
+        raise ValueError("refused")
+
+    post_save.connect(read_and_refuse, sender=Job)
+    try:
+        with pytest.raises(ValueError, match="refused"), transaction.atomic():
+            job.save()
+    finally:
+        post_save.disconnect(read_and_refuse, sender=Job)
+    finish(job)
+    job.save()
     assert stored(job) == FINISHED
 
 

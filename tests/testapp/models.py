@@ -95,17 +95,30 @@ class ShoutingPaper(AbstractPaper):
 
 
 class PickyField(models.CharField):  # type: ignore[type-arg]
-    """A column with one value that can not be loaded, and one that can not be copied."""
+    """A column with a value that can not be loaded, one that can not be copied, and one not compared."""
 
     def from_db_value(self, value: str, *args: Any) -> str:
         if value == "unreadable":
             raise ValueError("this value can not be read")
-        return Single(value) if value == "single" else value
+        kinds: dict[str, type[str]] = {"single": Single, "array": Array}
+        return kinds.get(value, str)(value)
 
 
 class Single(str):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("there is but one")
+
+
+class Array(str):
+    """As those of NumPy."""
+
+    __hash__ = str.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
+
+    def __add__(self, other: str) -> str:
+        return Array(str.__add__(self, other))
 
 
 class PickyPaper(models.Model):

@@ -24,12 +24,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from django.core.exceptions import SynchronousOnlyOperation
 from django.db import IntegrityError, InterfaceError, OperationalError, connections, models, transaction
 from django.db.models import F, Q
 from django.db.utils import Error
@@ -434,9 +434,7 @@ class Engine:
         return session is None or self.connection.connection is not session or self._close_if_broken()
 
     def _is_of_the_database_itself(self, error: Exception) -> bool:
-        """Say whether an error is no fault of a row or a queryset: the connection, a lock, the event loop."""
-        if isinstance(error, SynchronousOnlyOperation):
-            return True
+        """Say whether an error is no fault of a row or a queryset, but of the connection or a lock."""
         if not isinstance(error, (OperationalError, InterfaceError)):
             return False
         return self.is_try_again(error) or self._has_lost_connection
@@ -477,10 +475,11 @@ class Engine:
         return self._roll_back_open_transaction()
 
     def _throw_connection_away(self) -> None:
-        try:
-            self.connection.close()
-        except Exception:  # even that asks the server
-            self.connection.connection = None
+        connection = self.connection
+        with suppress(Exception):  # even that asks the server
+            connection.close()
+        # Django keeps it until the end of an atomic(), which will not come.
+        connection.connection, connection.in_atomic_block = None, False
 
     def _roll_back_open_transaction(self) -> bool:
         """Roll back what was begun by a BEGIN of the action's own; return whether there was such a thing."""
