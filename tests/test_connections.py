@@ -14,7 +14,7 @@ from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
 from tests.processes import wait_until
-from tests.testapp.models import Job, Ledger, Paper, PickyPaper, ShoutingPaper, StampedPaper, Task
+from tests.testapp.models import Job, Ledger, Paper, PickyField, PickyPaper, ShoutingPaper, StampedPaper, Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -447,6 +447,21 @@ def test_each_step_of_a_claim_is_tried_again(step, monkeypatch):
     assert run(Task.objects, "status", succeed) == task
     assert len(calls) > 3
     assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+
+
+@pytest.mark.usefixtures("asks_again")
+def test_row_that_can_not_be_loaded_is_not_blamed_for_a_deadlock(monkeypatch):
+    paper = PickyPaper.objects.create(title="unreadable")
+    errors = [ValueError("the row"), TryAgain("deadlock"), TryAgain("deadlock")]
+
+    def refuse(self, value, *args):
+        raise errors.pop(0) if errors else ValueError("the row")
+
+    monkeypatch.setattr(PickyField, "from_db_value", refuse)
+    with pytest.raises(ValueError, match="the row"):
+        run(PickyPaper.objects, "status", unexpected)
+    assert errors == []
+    assert (stored(paper).state, stored(paper).attempts) == (State.waiting, 1)
 
 
 @pytest.mark.usefixtures("asks_again")
