@@ -42,9 +42,10 @@ logger = logging.getLogger("modelqueue")
 _RECOVERY_INTERVAL = 1.0
 _last_recovery: dict[tuple[Any, ...], float] = {}
 
-#: How far ahead a time is that `run` waits for, having written it itself; and the seconds it waits.
+#: How far ahead a time is that `run` waits for, having written it itself; and how often it looks at the clock,
+#: lest it waits for ever on one that stands still. (Not for how long: a busy machine may take its time.)
 _SOON = dt.timedelta(milliseconds=5)
-_TICK = 0.005
+_LOOKS = 50
 
 
 def run(
@@ -398,6 +399,7 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
 def _wait_until(priority: int) -> None:
     """Wait for the time that a priority spells if it is about to come, and not for any other."""
     moment = priority_to_datetime(priority)
-    deadline = time.monotonic() + _TICK
-    while moment is not None and ZERO_SECS < moment - now() < _SOON and time.monotonic() < deadline:
+    for _ in range(_LOOKS):
+        if moment is None or not ZERO_SECS < moment - now() < _SOON:
+            break
         time.sleep(0.0001)
