@@ -50,6 +50,12 @@ def _recovery_is_due():
 
 
 @pytest.fixture
+def step_by_step(settings):
+    """Tasks are claimed in the steps of the portable engine, which a test may stand between."""
+    settings.MODELQUEUE = {"ENGINE": "portable"}
+
+
+@pytest.fixture
 def vendor() -> str:
     """Django's name of the database: sqlite, postgresql, mysql (MariaDB too)."""
     return connection.vendor

@@ -11,6 +11,8 @@ from tests import servers
 
 DATABASES = json.loads(os.environ.get("MODELQUEUE_TEST_DATABASES", "null")) or servers.databases()
 
+MODELQUEUE = {"ENGINE": os.environ.get("MODELQUEUE_TEST_ENGINE", "auto")}
+
 INSTALLED_APPS = [
     "django.contrib.admin",
     "django.contrib.auth",

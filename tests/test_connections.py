@@ -9,7 +9,7 @@ from django.db.models import F
 from django.db.transaction import TransactionManagementError
 
 from modelqueue import Abort, State, Status, execution, run, verbs
-from modelqueue.engines import base, engine_for
+from modelqueue.engines import base, engine_for, sessions
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
@@ -304,6 +304,7 @@ def test_after_an_error_of_the_connection_the_next_call_opens_another(other_sess
     assert run(Task.objects, "status", succeed) == task
 
 
+@pytest.mark.usefixtures("step_by_step")
 @servers
 def test_after_an_error_of_the_connection_within_a_claim_the_next_call_opens_another(
     other_session, monkeypatch
@@ -342,6 +343,7 @@ def test_error_of_the_connection_within_a_recovery_is_no_fault_of_a_row(other_se
     assert verbs.recover(source, Policy()) == 3
 
 
+@pytest.mark.usefixtures("step_by_step")
 @servers
 def test_error_of_the_connection_is_not_taken_for_a_row_that_can_not_be_loaded(other_session, monkeypatch):
     paper = PickyPaper.objects.create(title="unreadable")
@@ -391,7 +393,7 @@ def test_answer_that_was_lost_is_asked_for(model, method, monkeypatch, caplog):
 
 
 def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):
-    monkeypatch.setattr(base, "PATIENCE", 0.2)
+    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
     task = Task.objects.create()
     lose_answer(monkeypatch, "write_status", count=1_000_000)
     with pytest.raises(OperationalError, match="server closed the connection"):
@@ -439,6 +441,7 @@ def engine_class():
     return type(engine_for("default"))
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.usefixtures("asks_again")
 @pytest.mark.parametrize("step", ["_read_page", "_lock", "_load", "compare_and_set"])
 def test_each_step_of_a_claim_is_tried_again(step, monkeypatch):
@@ -449,6 +452,7 @@ def test_each_step_of_a_claim_is_tried_again(step, monkeypatch):
     assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.usefixtures("asks_again")
 def test_row_that_can_not_be_loaded_is_not_blamed_for_a_deadlock(monkeypatch):
     paper = PickyPaper.objects.create(title="unreadable")
@@ -521,9 +525,10 @@ def test_outcome_that_was_rolled_back_is_computed_anew(monkeypatch):
     assert row(job).review_status == Status.waiting(5)
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.usefixtures("asks_again")
 def test_error_to_be_tried_again_is_raised_in_the_end(monkeypatch):
-    monkeypatch.setattr(base, "PATIENCE", 0.2)
+    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
     task = Task.objects.create()
     calls = fail_first(monkeypatch, engine_class(), "_lock", 1_000_000)
     before = time.monotonic()
@@ -536,7 +541,7 @@ def test_error_to_be_tried_again_is_raised_in_the_end(monkeypatch):
 
 @pytest.mark.usefixtures("asks_again")
 def test_outcome_that_can_not_be_written_for_long_is_no_failure_of_the_action(monkeypatch):
-    monkeypatch.setattr(base, "PATIENCE", 0.1)
+    monkeypatch.setattr(sessions, "PATIENCE", 0.1)
     task = Task.objects.create()
 
     def action(task):
@@ -562,6 +567,7 @@ def test_try_again_error_of_the_action_is_an_ordinary_failure():
     assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_other_error_of_the_database_is_raised_at_once(monkeypatch):
     Task.objects.create()
     calls = []
@@ -687,6 +693,7 @@ def test_contention_makes_workers_pause(vendor, monkeypatch):
 # The portable engine
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.vendor("mysql")
 def test_transaction_of_ours_is_read_committed_whatever_the_options_say(monkeypatch):
     """Under REPEATABLE READ a claim locks the gaps between the rows, and nobody can insert a task there."""

@@ -21,7 +21,7 @@ from django.db import connection, models
 from django.test.utils import isolate_apps
 
 import modelqueue
-from modelqueue import State, Status, backoff
+from modelqueue import State, Status, backoff, conf
 from modelqueue.outcomes import Ending
 from tests import pages
 from tests.testapp.models import Task
@@ -311,6 +311,12 @@ def table_after(text: str, header: str) -> list[list[str]]:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in lines[: next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     ]
+
+
+def test_each_setting_has_its_row():
+    rows = table_after((REFERENCE / "settings.md").read_text(), "| name | default | what it does |")
+    settings = [[f"`{name}`", f'`"{one.default}"`', one.help] for name, one in conf.SETTINGS.items()]
+    assert rows == settings
 
 
 @pytest.fixture

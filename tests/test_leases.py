@@ -124,6 +124,7 @@ def test_lease_begins_after_the_wait_for_the_database():
     assert leases[0].parse()[1] > started + held
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_clock_that_is_set_back_between_pick_and_claim():
     """The lease is later than the time that it replaces all the same."""
     now = Clock()

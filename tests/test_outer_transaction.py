@@ -166,6 +166,7 @@ def test_connection_without_autocommit_is_an_outer_transaction_too():
     assert not Ledger.objects.exists()
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_try_again_is_raised_at_once_since_only_the_caller_can(monkeypatch):
     engine = type(engine_for("default"))
     calls = []

@@ -206,6 +206,7 @@ def test_many_at_once_are_claimed_once_each():
     assert [claim.task for claim in claims] == papers
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_condition_on_another_table_is_asked_again_under_the_lock(monkeypatch):
     """A row that was edited between pick and lock, and is no longer the caller's, is not claimed."""
     first, second = (Paper.objects.create(title="mine") for _ in range(2))
@@ -221,6 +222,7 @@ def test_condition_on_another_table_is_asked_again_under_the_lock(monkeypatch):
     assert stored(first) == first.status
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_condition_on_another_table_is_asked_again_beside_a_row_that_can_not_be_loaded(monkeypatch):
     papers = [PickyPaper.objects.create(title=title) for title in ("unreadable", "a", "b")]
     references = [PickyReference.objects.create(paper=paper) for paper in papers]
@@ -239,6 +241,7 @@ def test_condition_on_another_table_is_asked_again_beside_a_row_that_can_not_be_
     assert stored(references[1]).state == State.waiting
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize("change", [{"status": Status.canceled(5)}, {"status": Status.waiting(7)}])
 def test_row_whose_status_changed_after_it_was_picked_is_not_claimed_from_it(change, monkeypatch):
     first, second = (Task.objects.create(status=Status.waiting(number)) for number in (1, 2))
@@ -255,6 +258,7 @@ def test_row_whose_status_changed_after_it_was_picked_is_not_claimed_from_it(cha
     assert stored(first) == change["status"]
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_row_that_is_deleted_after_it_was_picked(monkeypatch):
     first, second = Task.objects.create(), Task.objects.create()
     engine = type(engine_for("default"))
@@ -269,6 +273,7 @@ def test_row_that_is_deleted_after_it_was_picked(monkeypatch):
     assert Task.objects.count() == 1
 
 
+@pytest.mark.usefixtures("step_by_step")
 def test_long_queue_is_read_page_by_page(monkeypatch):
     """Rows of which none can be claimed, of two equal numbers, longer than two pages; the last is free."""
     tasks = Task.objects.bulk_create([Task(status=Status.waiting(number % 2)) for number in range(300)])

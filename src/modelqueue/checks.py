@@ -1,6 +1,7 @@
-"""System checks of the databases, run where ``modelqueue`` is in INSTALLED_APPS.
+"""System checks of the settings and the databases, run where ``modelqueue`` is in INSTALLED_APPS.
 
-All are warnings: with any of them the queue is correct, and slower or less patient than it could be.
+Those of the databases are warnings: with any of them the queue is correct, and slower or less patient than
+it could be.
 (The checks of a model's own fields, W001 to W003, are in `modelqueue.fields` and need no app.)
 """
 
@@ -14,9 +15,16 @@ from django.core import checks
 from django.core.checks import CheckMessage, Tags, register
 from django.db import connections, router
 
+from modelqueue import conf
 from modelqueue.fields import StatusField
 
-__all__ = ["check_databases"]
+__all__ = ["check_databases", "check_settings"]
+
+
+@register()
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    """Check the project's setting MODELQUEUE."""
+    return [checks.Error(problem, hint=cure, id="modelqueue.E001") for problem, cure in conf.problems()]
 
 
 @register(Tags.database)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from django.db import connections
 
-from modelqueue.engines.base import Candidate, Claim, Engine, Verdict
+from modelqueue.engines.base import Engine
+from modelqueue.engines.claims import Candidate, Claim, Verdict
 from modelqueue.engines.mysql import MySQLEngine
 from modelqueue.engines.postgresql import PostgreSQLEngine
 from modelqueue.engines.sqlite import SQLiteEngine

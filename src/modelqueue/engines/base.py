@@ -6,9 +6,8 @@ An engine moves rows of a `Source` from one status to the next, and promises for
   statement, so of two that try it one wins. This alone is the proof of ownership;
 * **nobody waits**: rows that somebody else has locked are passed over where the database can
   (SKIP LOCKED), so that one open transaction does not hold up a claim or a recovery;
-* **all or nothing**: each call is one short transaction. "Try again" errors of the database are
-  retried inside, with jitter, for up to `PATIENCE` seconds; inside an outer transaction they are
-  raised at once, since only who began it can begin it again.
+* **all or nothing**: each call is one short transaction, in which "try again" errors of the database are
+  retried (see `modelqueue.engines.sessions`).
 
 A claim has four steps: *pick* candidates without a lock, *lock* those that are free, *load* the
 instances, *compare and set* the lease. The order matters: loaded under the lock, an instance is as
@@ -21,84 +20,40 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import random
-import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, TypeVar
 
-from django.db import IntegrityError, InterfaceError, OperationalError, connections, models, transaction
+from django.db import IntegrityError, models, transaction
 from django.db.models import F, Q
-from django.db.utils import Error
 
+from modelqueue import conf
 from modelqueue.clock import Clock
+from modelqueue.engines.claims import Candidate, Claim, Verdict, lease_at
+from modelqueue.engines.sessions import Session
+from modelqueue.engines.statements import update_of_row
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
-from modelqueue.status import Status, priority_to_datetime, shifted
+from modelqueue.status import Status, priority_to_datetime
 
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-
-__all__ = ["Candidate", "Claim", "Engine", "Verdict"]
+__all__ = ["Engine", "WayToClaim"]
 
 M = TypeVar("M", bound=models.Model)
-T = TypeVar("T")
 
 logger = logging.getLogger("modelqueue")
-
-#: Seconds for which "try again" errors are retried.
-PATIENCE = 30.0
 
 _FIRST_PAGE = 20
 _LONGEST_PAGE = 2000
 #: Other rows of which one has to load before a row is held responsible for not loading.
 _WITNESSES = 10
-_MILLISECOND = dt.timedelta(milliseconds=1)
 
 
-class Candidate(NamedTuple):
-    """A row that could be claimed or recovered, as it was read without a lock."""
-
-    pk: Any
-    #: Its primary key in the owner's table, see `Source.owner`.
-    key: Any
-    status: Status
+WayToClaim = Callable[["Source[M]", Clock, int], "list[Claim[M]]"]
 
 
-@dataclass(frozen=True)
-class Claim(Generic[M]):
-    """A task that is ours until its lease expires."""
-
-    row: Candidate
-    """The row as it was before the claim, waiting."""
-    lease: Status
-    task: M | None
-    """The instance, or None where the row could not be turned into one."""
-    error: Exception | None = None
-    """Why it could not."""
-
-
-class Verdict(NamedTuple):
-    """What becomes of an expired task."""
-
-    status: Status
-    #: The text for the error field.
-    note: str
-
-
-class Engine:
+class Engine(Session):
     """What can be done with the rows of a source on one database, see the module."""
-
-    def __init__(self, using: str) -> None:
-        self.using = using
-        self._has_lost_connection = False
-
-    @property
-    def connection(self) -> BaseDatabaseWrapper:
-        return connections[self.using]
 
     # Claim
 
@@ -110,6 +65,24 @@ class Engine:
         claimed. One row must not block the others: one that can not be loaded is claimed all the same,
         see `Claim.error`; one that a constraint of its table keeps from working is passed over.
         """
+        at_once = None if conf.get("ENGINE") == "portable" else self._way_to_claim_at_once(source)
+        if at_once is not None:
+            try:
+                return self.patiently(partial(at_once, source, clock, limit))
+            except Exception as error:
+                if self.is_of_the_database_itself(error):
+                    raise
+            # A row, or the queryset. Step by step it shows.
+        return self._claim_step_by_step(source, clock, limit)
+
+    def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
+        """Return a faster way to claim from this source, where the database has one.
+
+        It may raise because of a single row or queryset: then the way of the portable engine is gone.
+        """
+        return None
+
+    def _claim_step_by_step(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         claims: list[Claim[M]] = []
         for page in self._pages(source, partial(source.due, clock())):
             # First as many as are wanted, since the head of the queue is what should run; where that
@@ -128,7 +101,7 @@ class Engine:
         try:
             return self.patiently(partial(self._claim_together, source, candidates, clock, limit))
         except Exception as error:
-            if self._is_of_the_database_itself(error):
+            if self.is_of_the_database_itself(error):
                 raise
             # A row, or the queryset: find out which.
             return self.patiently(partial(self._claim_one_by_one, source, candidates, clock, limit))
@@ -172,7 +145,7 @@ class Engine:
         waiting_since = priority_to_datetime(row.status.priority)
         if waiting_since is not None and waiting_since > moment:
             moment = waiting_since
-        lease = Status.working(shifted(moment, _MILLISECOND), row.status.attempts)
+        lease = lease_at(moment, row.status.attempts)
         if not self.compare_and_set(source, row, [row.status], lease):
             return None
         if isinstance(loaded, Exception):
@@ -203,7 +176,7 @@ class Engine:
         try:
             return self.patiently(partial(self._recover_together, source, candidates, judge))
         except Exception as error:
-            if self._is_of_the_database_itself(error):
+            if self.is_of_the_database_itself(error):
                 raise
             return self.patiently(partial(self._recover_one_by_one, source, candidates, judge))
 
@@ -245,19 +218,25 @@ class Engine:
             note: text for the source's error field, written together with the status; None to
                 leave it as it is.
         """
-        field, error = source.field, source.error_field
-        values: dict[str, Any] = {field.name: new}
-        if error is not None and note is not None and not source.has_error_field_elsewhere:
-            values[error.name] = note
-        is_old = reduce(or_, (Q((field.name, status)) for status in old))
-        matching = source.owner_rows().filter(is_old, pk=row.key)
-        if error is None or note is None or not source.has_error_field_elsewhere:
-            return bool(matching.update(**values) == 1)
-        with transaction.atomic(using=self.using):
-            was_old = bool(matching.update(**values) == 1)
-            if was_old:
-                source.rows().filter(pk=row.pk).update(**{error.name: note})
+        error = None if note is None else source.error_field
+        if error is None or source.has_error_field_elsewhere:
+            with transaction.atomic(using=self.using) if error is not None else nullcontext():
+                was_old = self._update(source, row, old, {source.field: new})
+                if was_old and error is not None:
+                    source.rows().filter(pk=row.pk).update(**{error.name: note})
             return was_old
+        return self._update(source, row, old, {source.field: new, error: note})
+
+    def _update(
+        self,
+        source: Source[Any],
+        row: Candidate,
+        old: Collection[Status | None],
+        values: dict[models.Field[Any, Any], Any],
+    ) -> bool:
+        with self.connection.cursor() as cursor:
+            cursor.execute(*update_of_row(source, row, old, values))
+            return bool(cursor.rowcount == 1)
 
     def read(self, source: Source[M], row: Candidate) -> tuple[bool, Status | None]:
         """Return whether a row exists, and its status."""
@@ -375,122 +354,6 @@ class Engine:
             with transaction.atomic(using=self.using):
                 return next(iter(queryset.filter(pk=pk)), None)
         except Exception as error:
-            if self._is_of_the_database_itself(error):
+            if self.is_of_the_database_itself(error):
                 raise
             return error
-
-    # Transactions and errors
-
-    def transaction(self) -> transaction.Atomic:
-        """Return the context manager for one short transaction of ours."""
-        return transaction.atomic(using=self.using)
-
-    def is_try_again(self, error: Error) -> bool:
-        """Say whether the database asks to try the same transaction again. The portable engine knows none."""
-        return False
-
-    def is_to_be_tried_again(self, error: BaseException) -> bool:
-        return isinstance(error, Error) and self.is_try_again(error)
-
-    def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
-        """Do work in a transaction of its own, again while the database says "try again".
-
-        Args:
-            reconnect: try again also when the connection was lost. Only for work that may be done
-                twice, as the answer that was lost may have been a success.
-
-        After an error of the connection itself the connection is closed, so that the next query
-        opens another.
-        """
-        deadline = time.monotonic() + PATIENCE
-        pause = 0.001
-        while True:
-            is_outer, session = self.is_inside_transaction(), None
-            try:
-                self.connection.ensure_connection()
-                session = self.connection.connection
-                return work()
-            except (OperationalError, InterfaceError) as error:
-                if is_outer:
-                    raise
-                was_lost = not self.is_try_again(error) and self._has_lost(session)
-                self._has_lost_connection = was_lost
-                if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
-                    raise
-            self.note_contention()
-            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  (jitter)
-            pause = min(pause * 2, 0.5)
-
-    def is_inside_transaction(self) -> bool:
-        """Say whether a transaction of the caller is open; asks nothing of the database."""
-        connection = self.connection
-        if connection.connection is None and not connection.in_atomic_block:
-            return not connection.settings_dict["AUTOCOMMIT"]
-        return connection.in_atomic_block or not connection.autocommit
-
-    def _has_lost(self, session: Any) -> bool:
-        """Say whether the connection to the database is another one than `session`, or none."""
-        # On its way out of a transaction Django has opened another where it found the first one broken.
-        return session is None or self.connection.connection is not session or self._close_if_broken()
-
-    def _is_of_the_database_itself(self, error: Exception) -> bool:
-        """Say whether an error is no fault of a row or a queryset, but of the connection or a lock."""
-        if not isinstance(error, (OperationalError, InterfaceError)):
-            return False
-        return self.is_try_again(error) or self._has_lost_connection
-
-    def _close_if_broken(self) -> bool:
-        if self.connection.is_usable():
-            return False
-        self._throw_connection_away()
-        return True
-
-    def restore_connection(self) -> bool:
-        """Make the connection fit for use after code that may have closed, broken or misused it.
-
-        Called outside of transactions only. Returns True if a transaction was found open, and
-        rolled back.
-        """
-        if self.connection.connection is None:
-            return False
-        was_open = self.is_inside_transaction()
-        try:
-            return self._restore_connection()
-        except Exception:  # it is dead, and whatever was open on it was rolled back by the server
-            self._throw_connection_away()
-            return was_open
-
-    def _restore_connection(self) -> bool:
-        connection = self.connection
-        if connection.in_atomic_block:  # an atomic() that was entered and never left
-            connection.close()
-            connection.connect()
-            return True
-        if not connection.get_autocommit():
-            connection.rollback()
-            connection.set_autocommit(True)
-            return True
-        if connection.errors_occurred and self._close_if_broken():
-            return False
-        return self._roll_back_open_transaction()
-
-    def _throw_connection_away(self) -> None:
-        connection = self.connection
-        with suppress(Exception):  # even that asks the server
-            connection.close()
-        # Django keeps it until the end of an atomic(), which will not come.
-        connection.connection, connection.in_atomic_block = None, False
-
-    def _roll_back_open_transaction(self) -> bool:
-        """Roll back what was begun by a BEGIN of the action's own; return whether there was such a thing."""
-        connection = self.connection.connection
-        connection.rollback()
-        return False
-
-    # Fairness
-
-    def note_contention(self) -> None:
-        """Remember that other workers want this database, too."""
-
-    def give_way(self) -> None:
-        """Let other workers come to their turn; called after a task, outside of transactions."""

@@ -1,10 +1,46 @@
-"""PostgreSQL: which errors mean "try again", and how to see that a transaction is open."""
+"""PostgreSQL: a claim is one statement, and so is one round trip; which errors mean "try again".
+
+::
+
+    WITH picked (pk, status) AS MATERIALIZED (
+        SELECT ... WHERE status is waiting and due ORDER BY status, pk LIMIT n
+        FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE tasks SET status = lease FROM picked
+    WHERE tasks.pk = picked.pk AND tasks.status = picked.status RETURNING ...
+
+Why no two workers get one row: whoever locks it first holds it until the commit, the others skip it, and
+who comes after the commit finds another status (PostgreSQL asks the conditions again of a row that has
+changed since the statement began). ``MATERIALIZED``, as the planner may otherwise run the subquery once
+per row of the table and claim more than n. ``NO KEY``, as the foreign key of a child row that is being
+inserted holds a lock that only a full ``FOR UPDATE`` would meet.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+from django.db import models
 from django.db.utils import Error
 
-from modelqueue.engines.base import Engine
+from modelqueue.clock import Clock
+from modelqueue.engines.base import Engine, WayToClaim
+from modelqueue.engines.claims import Candidate, Claim, lease_at
+from modelqueue.engines.statements import (
+    Selection,
+    columns_of,
+    has_composite_key,
+    is_plain,
+    key_names,
+    select_keys,
+)
+from modelqueue.fields import set_loaded
+from modelqueue.source import Source
+from modelqueue.status import Status
+
+M = TypeVar("M", bound=models.Model)
 
 _TRY_AGAIN = {
     "40001",  # serialization_failure
@@ -13,8 +49,81 @@ _TRY_AGAIN = {
 }
 _IDLE = 0  # libpq's PQTRANS_IDLE, the same in psycopg 2 and 3
 
+_CLAIM = """
+WITH picked ({names}) AS MATERIALIZED ({keys} FOR NO KEY UPDATE OF {alias} SKIP LOCKED)
+UPDATE {table} SET {status} = %s + picked.status %% 10 FROM picked
+WHERE {table}.{key} = picked.{picked_key} AND {table}.{status} = picked.status
+RETURNING {returning}
+"""
+
 
 class PostgreSQLEngine(Engine):
+    # Claim
+
+    def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
+        if has_composite_key(source.model):
+            return None
+        return self._claim_and_return if is_plain(source) else self._claim_and_load
+
+    def _claim_and_return(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
+        """Claim tasks that are rows of one table: the statement returns all there is of them."""
+        moment, columns = clock(), columns_of(source)
+        keys = select_keys(source, moment, limit)
+        # Inside a transaction of the caller a savepoint, so that it can go on after an error.
+        with self.transaction() if self.is_inside_transaction() else nullcontext():
+            rows = self._execute(source, keys, moment, columns.sql)
+        claims: list[Claim[M]] = []
+        for pk, status, *values in rows:
+            row = Candidate(pk, pk, Status(status))
+            claims.append(columns.claim(source, row, lease_at(moment, row.status.attempts), values))
+        return _in_order(claims)
+
+    def _claim_and_load(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
+        """Claim tasks of any queryset, and load them through it before the commit."""
+        claims: list[Claim[M]] = []
+        gone: list[tuple[Candidate, Status]] = []
+        with self.transaction():
+            while len(claims) < limit:  # again, as a join may have picked a row several times
+                moment = clock()
+                keys = select_keys(source, moment, limit - len(claims))
+                picked = keys.converted(self._execute(source, keys, moment))
+                rows = [Candidate(pk, key[0] if key else pk, Status(status)) for pk, *key, status in picked]
+                tasks = self._load(source, rows)
+                for row in rows:
+                    task, lease = tasks.get(row.pk), lease_at(moment, row.status.attempts)
+                    if task is None:
+                        gone.append((row, lease))
+                    else:
+                        set_loaded(task, source.field, lease)
+                        claims.append(Claim(row, lease, task))
+                if not rows:
+                    break
+            for row, lease in gone:  # edited since they were picked, and no longer the caller's
+                self.compare_and_set(source, row, [lease], row.status)
+        return _in_order(claims)
+
+    def _execute(
+        self, source: Source[Any], keys: Selection, moment: dt.datetime, *columns: str
+    ) -> list[tuple[Any, ...]]:
+        quote = self.connection.ops.quote_name
+        names = (*("pk", "key")[: len(key_names(source))], "status")
+        sql = _CLAIM.format(
+            names=", ".join(names),
+            keys=keys.sql,
+            alias=quote(keys.alias),
+            table=quote(source.owner._meta.db_table),
+            status=quote(str(source.field.column)),
+            key=quote(str(source.owner._meta.pk.column)),
+            picked_key=names[-2],
+            returning=", ".join((*(f"picked.{name}" for name in names), *columns)),
+        )
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, (*keys.params, int(lease_at(moment))))
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        return rows
+
+    # Errors and transactions
+
     def is_try_again(self, error: Error) -> bool:
         cause = error.__cause__
         # psycopg 3 calls it sqlstate, psycopg 2 pgcode
@@ -26,3 +135,8 @@ class PostgreSQLEngine(Engine):
             return False
         connection.rollback()
         return True
+
+
+def _in_order(claims: list[Claim[M]]) -> list[Claim[M]]:
+    # RETURNING keeps no order.
+    return sorted(claims, key=lambda claim: (claim.row.status, claim.row.pk))

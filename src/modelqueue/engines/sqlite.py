@@ -19,7 +19,7 @@ from typing import Any
 from django.db import models, transaction
 from django.db.utils import Error
 
-from modelqueue.engines.base import Engine
+from modelqueue.engines.locking import LockingEngine
 from modelqueue.source import Source
 
 _BUSY, _LOCKED = 5, 6  # the primary result codes SQLITE_BUSY and SQLITE_LOCKED
@@ -32,7 +32,12 @@ _NOTICEABLE = 0.001
 _contended_until: dict[str, float] = {}
 
 
-class SQLiteEngine(Engine):
+class SQLiteEngine(LockingEngine):
+    lock = ""  # the whole database is locked by then
+
+    def _has_lock(self) -> bool:
+        return True
+
     def transaction(self) -> transaction.Atomic:
         self._began = time.monotonic()
         return super().transaction()

@@ -1,0 +1,52 @@
+"""What an engine gets and gives: rows that could be claimed, claims, and what becomes of expired ones."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from django.db import models
+
+from modelqueue.status import Status, shifted
+
+__all__ = ["Candidate", "Claim", "Verdict", "lease_at"]
+
+M = TypeVar("M", bound=models.Model)
+
+_MILLISECOND = dt.timedelta(milliseconds=1)
+
+
+class Candidate(NamedTuple):
+    """A row that could be claimed or recovered, as it was read without a lock."""
+
+    pk: Any
+    #: Its primary key in the owner's table, see `Source.owner`.
+    key: Any
+    status: Status
+
+
+@dataclass(frozen=True)
+class Claim(Generic[M]):
+    """A task that is ours until its lease expires."""
+
+    row: Candidate
+    """The row as it was before the claim, waiting."""
+    lease: Status
+    task: M | None
+    """The instance, or None where the row could not be turned into one."""
+    error: Exception | None = None
+    """Why it could not."""
+
+
+class Verdict(NamedTuple):
+    """What becomes of an expired task."""
+
+    status: Status
+    #: The text for the error field.
+    note: str
+
+
+def lease_at(moment: dt.datetime, attempts: int = 0) -> Status:
+    """Return the lease of a claim at a moment: stamped 1 ms later, so later than any time due by then."""
+    return Status.working(shifted(moment, _MILLISECOND), attempts)

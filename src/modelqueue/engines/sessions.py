@@ -1,0 +1,157 @@
+"""A session with a database: short transactions, errors that mean "try again", connections that were lost.
+
+"Try again" errors are retried inside, with jitter, for up to `PATIENCE` seconds; inside an outer
+transaction they are raised at once, since only who began it can begin it again.
+
+Nothing here knows of tasks. A vendor's engine says what its database's errors mean and how it sees that a
+transaction is open, by overriding what is here.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from django.db import InterfaceError, OperationalError, connections, transaction
+from django.db.utils import Error
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+__all__ = ["PATIENCE", "Session"]
+
+T = TypeVar("T")
+
+#: Seconds for which "try again" errors are retried.
+PATIENCE = 30.0
+
+
+class Session:
+    """The connection of this thread to one database, and how to work with it patiently."""
+
+    def __init__(self, using: str) -> None:
+        self.using = using
+        self._has_lost_connection = False
+
+    @property
+    def connection(self) -> BaseDatabaseWrapper:
+        return connections[self.using]
+
+    # Transactions
+
+    def transaction(self) -> transaction.Atomic:
+        """Return the context manager for one short transaction of ours."""
+        return transaction.atomic(using=self.using)
+
+    def is_try_again(self, error: Error) -> bool:
+        """Say whether the database asks to try the same transaction again. The portable engine knows none."""
+        return False
+
+    def is_to_be_tried_again(self, error: BaseException) -> bool:
+        return isinstance(error, Error) and self.is_try_again(error)
+
+    def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
+        """Do work in a transaction of its own, again while the database says "try again".
+
+        Args:
+            reconnect: try again also when the connection was lost. Only for work that may be done
+                twice, as the answer that was lost may have been a success.
+
+        After an error of the connection itself the connection is closed, so that the next query
+        opens another.
+        """
+        deadline = time.monotonic() + PATIENCE
+        pause = 0.001
+        while True:
+            is_outer, session = self.is_inside_transaction(), None
+            try:
+                self.connection.ensure_connection()
+                session = self.connection.connection
+                return work()
+            except (OperationalError, InterfaceError) as error:
+                if is_outer:
+                    raise
+                was_lost = not self.is_try_again(error) and self._has_lost(session)
+                self._has_lost_connection = was_lost
+                if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
+                    raise
+            self.note_contention()
+            time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  (jitter)
+            pause = min(pause * 2, 0.5)
+
+    def is_inside_transaction(self) -> bool:
+        """Say whether a transaction of the caller is open; asks nothing of the database."""
+        connection = self.connection
+        if connection.connection is None and not connection.in_atomic_block:
+            return not connection.settings_dict["AUTOCOMMIT"]
+        return connection.in_atomic_block or not connection.autocommit
+
+    def _has_lost(self, session: Any) -> bool:
+        """Say whether the connection to the database is another one than `session`, or none."""
+        # On its way out of a transaction Django has opened another where it found the first one broken.
+        return session is None or self.connection.connection is not session or self._close_if_broken()
+
+    def is_of_the_database_itself(self, error: Exception) -> bool:
+        """Say whether an error is no fault of a row or a queryset, but of the connection or a lock."""
+        if not isinstance(error, (OperationalError, InterfaceError)):
+            return False
+        return self.is_try_again(error) or self._has_lost_connection
+
+    def _close_if_broken(self) -> bool:
+        if self.connection.is_usable():
+            return False
+        self._throw_connection_away()
+        return True
+
+    def restore_connection(self) -> bool:
+        """Make the connection fit for use after code that may have closed, broken or misused it.
+
+        Called outside of transactions only. Returns True if a transaction was found open, and
+        rolled back.
+        """
+        if self.connection.connection is None:
+            return False
+        was_open = self.is_inside_transaction()
+        try:
+            return self._restore_connection()
+        except Exception:  # it is dead, and whatever was open on it was rolled back by the server
+            self._throw_connection_away()
+            return was_open
+
+    def _restore_connection(self) -> bool:
+        connection = self.connection
+        if connection.in_atomic_block:  # an atomic() that was entered and never left
+            connection.close()
+            connection.connect()
+            return True
+        if not connection.get_autocommit():
+            connection.rollback()
+            connection.set_autocommit(True)
+            return True
+        if connection.errors_occurred and self._close_if_broken():
+            return False
+        return self._roll_back_open_transaction()
+
+    def _throw_connection_away(self) -> None:
+        connection = self.connection
+        with suppress(Exception):  # even that asks the server
+            connection.close()
+        # Django keeps it until the end of an atomic(), which will not come.
+        connection.connection, connection.in_atomic_block = None, False
+
+    def _roll_back_open_transaction(self) -> bool:
+        """Roll back what was begun by a BEGIN of the action's own; return whether there was such a thing."""
+        connection = self.connection.connection
+        connection.rollback()
+        return False
+
+    # Fairness
+
+    def note_contention(self) -> None:
+        """Remember that other workers want this database, too."""
+
+    def give_way(self) -> None:
+        """Let other workers come to their turn; called after a task, outside of transactions."""

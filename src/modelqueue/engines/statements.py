@@ -1,0 +1,194 @@
+"""The parts of raw statements: which rows to pick, which columns to return, and instances made of them.
+
+Django can not express ``UPDATE ... RETURNING``. What it can is left to it: the condition of the caller's
+queryset, names, conversions.
+
+A queryset is *plain* if a task is made of all columns of one table and of nothing else, as that of
+``Task.objects.filter(...)`` is. Of such a one a single statement can return all there is of a task. Joins,
+``select_related``, ``only``, annotations and inherited models are not plain: their tasks are loaded by a
+query of their own.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from django.db import connections, models
+from django.db.models.query import ModelIterable
+
+from modelqueue.engines.claims import Candidate, Claim
+from modelqueue.fields import set_loaded
+from modelqueue.source import Source
+from modelqueue.status import State, Status
+
+__all__ = [
+    "Columns",
+    "Selection",
+    "columns_of",
+    "has_composite_key",
+    "is_plain",
+    "key_names",
+    "select_keys",
+    "select_tasks",
+    "update_of_row",
+]
+
+M = TypeVar("M", bound=models.Model)
+T = TypeVar("T")
+
+
+def _once(using: str, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """Return what was made for this connection before: a claim takes Django longer to compile than to do.
+
+    Kept with the connection, as compiled queries refer to it and belong to its thread.
+    """
+    made = vars(connections[using]).setdefault("_modelqueue_made", {})
+    if key not in made:
+        made[key] = make()
+    value: T = made[key]
+    return value
+
+
+def is_plain(source: Source[Any]) -> bool:
+    """Say whether a task of this source is one row of one table, in full."""
+    rows: Any = source.queryset
+    query, concrete = rows.query, rows.model._meta.concrete_model
+    return (
+        source.owner is concrete
+        and not concrete._meta.parents
+        and rows._iterable_class is ModelIterable
+        and not rows._prefetch_related_lookups
+        and not rows._known_related_objects
+        and getattr(rows, "_fetch_mode", None) is getattr(models, "FETCH_ONE", None)  # Django 6.1
+        and not query.select_related
+        and not query.annotations
+        and not query.extra
+        and not query.extra_tables
+        and query.deferred_loading == (frozenset(), True)
+        and query.count_active_tables() <= 1
+    )
+
+
+def has_composite_key(model: type[models.Model]) -> bool:
+    return len(getattr(model._meta, "pk_fields", "1")) > 1  # from Django 5.2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A SELECT of the due tasks, those that run first first."""
+
+    sql: str
+    params: tuple[Any, ...]
+    alias: str
+    """What the table with the status column is called in it."""
+    converted: Callable[[Iterable[Sequence[Any]]], Iterable[Sequence[Any]]]
+    """Makes Python's values of those of the database, row by row."""
+
+
+def select_keys(source: Source[Any], now: dt.datetime, limit: int) -> Selection:
+    """Select the keys and the statuses of up to `limit` due tasks, see `key_names`."""
+    names = key_names(source)
+
+    def make() -> Selection:
+        return _selection(source.due(now).values_list(*names, source.field.name)[:limit], source)
+
+    return _for_the_moment(source, now, ("keys", limit), make)
+
+
+def key_names(source: Source[Any]) -> list[str]:
+    """Name the columns of a task's keys: its own, and that of the owner's table where it is another."""
+    return ["pk"] if source.owner_key == "pk" else ["pk", source.owner_key]
+
+
+def select_tasks(source: Source[Any], now: dt.datetime, limit: int) -> Selection:
+    """Select all columns, those of `columns_of`, of up to `limit` due tasks of a plain source."""
+    return _for_the_moment(source, now, ("tasks", limit), lambda: _selection(source.due(now)[:limit], source))
+
+
+def _selection(rows: Any, source: Source[Any]) -> Selection:
+    compiler = rows.query.get_compiler(source.using)
+    sql, params = compiler.as_sql()
+    selected = [column for column, _, _ in compiler.select]
+    converters = compiler.get_converters(selected)
+    return Selection(
+        sql,
+        (*params,),
+        selected[-1].alias,
+        lambda values: compiler.apply_converters(values, converters),
+    )
+
+
+def _for_the_moment(
+    source: Source[Any], now: dt.datetime, key: tuple[object, ...], make: Callable[[], Selection]
+) -> Selection:
+    if source.queryset.query.where:
+        return make()
+    # All rows of a table: from call to call only the time is another.
+    made = _once(source.using, ("due", source.model, source.field, *key), make)
+    return replace(
+        made, params=(Status.minimum(State.waiting), int(Status.waiting(now, Status.max_attempts)))
+    )
+
+
+class Columns(Generic[M]):
+    """All columns of a model's table, as SQL, and how an instance is made of their values."""
+
+    def __init__(self, model: type[M], using: str) -> None:
+        rows: models.QuerySet[M] = models.QuerySet(model, using=using)
+        self._model = model
+        self._using = using
+        self._compiler: Any = rows.query.get_compiler(using)
+        self._compiler.as_sql()  # which finds out what to select
+        selected = [column for column, _, _ in self._compiler.select]
+        self._converters = self._compiler.get_converters(selected)
+        self.names = [column.target.attname for column in selected]
+        self.sql = ", ".join(sql for _, (sql, _), _ in self._compiler.select)
+
+    def claim(self, source: Source[M], row: Candidate, lease: Status, values: Sequence[Any]) -> Claim[M]:
+        """Return the claim of a row that has these values, whether an instance can be made of them or not."""
+        try:
+            task = self.instance(values)
+        except Exception as error:
+            return Claim(row, lease, None, error)
+        set_loaded(task, source.field, lease)
+        return Claim(Candidate(task.pk, task.pk, row.status), lease, task)
+
+    def instance(self, values: Sequence[Any]) -> M:
+        """Make an instance as a queryset would; raises what the model or one of its fields raises."""
+        if self._converters:
+            (values,) = self._compiler.apply_converters([values], self._converters)
+        return self._model.from_db(self._using, self.names, values)
+
+
+def columns_of(source: Source[M]) -> Columns[M]:
+    """Return the columns of the table of a plain source."""
+    return _once(source.using, ("columns", source.model), lambda: Columns(source.model, source.using))
+
+
+def update_of_row(
+    source: Source[Any],
+    row: Candidate,
+    old: Collection[Status | None],
+    values: dict[models.Field[Any, Any], Any],
+) -> tuple[str, list[Any]]:
+    """Return the UPDATE that sets values of one row in the owner's table if its status is one of `old`."""
+    connection, meta = connections[source.using], source.owner._meta
+    quote = connection.ops.quote_name
+    keys = getattr(meta, "pk_fields", [meta.pk])  # several from Django 5.2
+    key = zip(keys, row.key if len(keys) > 1 else [row.key], strict=True)
+    status = quote(str(source.field.column))
+    held = [value for value in old if value is not None]
+
+    sets = ", ".join([f"{quote(str(field.column))} = %s" for field in values])
+    is_row = " AND ".join([f"{quote(str(field.column))} = %s" for field in keys])
+    is_old = " OR ".join([f"{status} = %s"] * len(held) + [f"{status} IS NULL"] * (None in old))
+    params = list(values.items())
+    params += key
+    params += [(source.field, value) for value in held]
+    return (
+        f"UPDATE {quote(meta.db_table)} SET {sets} WHERE {is_row} AND ({is_old})",  # noqa: S608
+        [field.get_db_prep_save(value, connection) for field, value in params],
+    )

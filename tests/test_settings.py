@@ -1,0 +1,44 @@
+"""Settings: what is not set has its default; what is set wrong is said before anything is written."""
+
+import pytest
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+
+from modelqueue import conf, run
+from tests.actions import stored, unexpected
+from tests.testapp.models import Task
+
+WRONG = [
+    ({"ENGINE": "fast"}, "MODELQUEUE['ENGINE'] is 'fast', but can only be 'auto' or 'portable'."),
+    ({"ENGIN": "auto"}, "MODELQUEUE has no setting 'ENGIN'."),
+    ("auto", "MODELQUEUE is 'auto', not a dictionary."),
+]
+
+
+@pytest.mark.parametrize("given", [None, {}, {"ENGINE": "auto"}])
+def test_default(settings, given):
+    del settings.MODELQUEUE
+    if given is not None:
+        settings.MODELQUEUE = given
+    assert conf.get("ENGINE") == "auto"
+    assert conf.problems() == []
+
+
+@pytest.mark.parametrize(("given", "problem"), WRONG)
+def test_wrong_settings_are_e001(settings, given, problem):
+    settings.MODELQUEUE = given
+    [error] = [message for message in checks.run_checks() if message.id == "modelqueue.E001"]
+    assert isinstance(error, checks.Error)
+    assert error.msg == problem
+    assert error.hint
+
+
+@pytest.mark.parametrize(("given", "problem"), [WRONG[0], WRONG[2]])
+@pytest.mark.django_db(transaction=True)
+def test_wrong_value_is_refused_before_anything_is_claimed(settings, given, problem):
+    settings.MODELQUEUE = given
+    task = Task.objects.create()
+    with pytest.raises(ImproperlyConfigured) as error:
+        run(Task.objects, "status", unexpected)
+    assert str(error.value).startswith(problem)
+    assert stored(task) == task.status
