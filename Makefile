@@ -67,8 +67,8 @@ build/bench/.stamp: $(VENV)/.test
 		"Django==$$($(PY) -c 'import django; print(django.__version__)')"
 	@touch $@
 
-bench: build/bench/.stamp ## compare the rate of one process with modelqueue 2.2.1
-	PYTHONPATH=. $(PY) benchmarks/compare.py build/bench/bin/python $(ARGS)
+bench: build/bench/.stamp ## compare the rates with modelqueue 2.2.1 and with the bare statements
+	$(PY) -m benchmarks.compare build/bench/bin/python $(ARGS)
 
 clean: ## remove what the targets have made
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache

@@ -42,8 +42,8 @@ logger = logging.getLogger("modelqueue")
 _RECOVERY_INTERVAL = 1.0
 _last_recovery: dict[tuple[Any, ...], float] = {}
 
-#: How far ahead a time is that `run` waits for, having written it itself; and how often it looks at the clock,
-#: lest it waits for ever on one that stands still. (Not for how long: a busy machine may take its time.)
+#: How far ahead a time is that `run` waits for, having written it itself, and how often it looks at the clock
+#: meanwhile, as that may stand still. (Not for how long: a busy machine may take its time.)
 _SOON = dt.timedelta(milliseconds=5)
 _LOOKS = 50
 

@@ -17,12 +17,10 @@ _TRY_AGAIN = {
 
 
 class MySQLEngine(LockingEngine):
+    connection: Any  # with attributes of this vendor's own
+
     def is_try_again(self, error: Error) -> bool:
         return bool(error.args) and error.args[0] in _TRY_AGAIN
-
-    @property
-    def connection(self) -> Any:  # with attributes of this vendor's own
-        return super().connection
 
     def transaction(self) -> transaction.Atomic:
         # Under REPEATABLE READ a locking read takes gap locks, which block inserts of waiting rows

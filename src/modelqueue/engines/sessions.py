@@ -30,15 +30,17 @@ PATIENCE = 30.0
 
 
 class Session:
-    """The connection of this thread to one database, and how to work with it patiently."""
+    """The connection of one thread to one database, and how to work with it patiently.
+
+    To be made and used in the same thread, as Django's connection.
+    """
+
+    connection: BaseDatabaseWrapper
 
     def __init__(self, using: str) -> None:
         self.using = using
+        self.connection = connections[using]
         self._has_lost_connection = False
-
-    @property
-    def connection(self) -> BaseDatabaseWrapper:
-        return connections[self.using]
 
     # Transactions
 

@@ -40,6 +40,9 @@ class SQLiteEngine(LockingEngine):
 
     def transaction(self) -> transaction.Atomic:
         self._began = time.monotonic()
+        # From Django 5.1 a transaction may begin by taking the lock.
+        mode = getattr(self.connection, "transaction_mode", None)
+        self._begins_locked = mode == "IMMEDIATE" and not self.is_inside_transaction()
         return super().transaction()
 
     def is_try_again(self, error: Error) -> bool:
@@ -55,10 +58,11 @@ class SQLiteEngine(LockingEngine):
         self.take_write_lock(source.field)
 
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:
-        quote = self.connection.ops.quote_name
-        table, column = quote(field.model._meta.db_table), quote(str(field.column))
-        with self.connection.cursor() as cursor:
-            cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")  # noqa: S608
+        if not self._begins_locked:
+            quote = self.connection.ops.quote_name
+            table, column = quote(field.model._meta.db_table), quote(str(field.column))
+            with self.connection.cursor() as cursor:
+                cursor.execute(f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")  # noqa: S608
         if time.monotonic() - self._began > _NOTICEABLE:  # in BEGIN IMMEDIATE or in the UPDATE
             self.note_contention()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from django.db import connections, models
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.query import ModelIterable
 
 from modelqueue.engines.claims import Candidate, Claim
@@ -40,12 +41,12 @@ M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
 
 
-def _once(using: str, key: tuple[object, ...], make: Callable[[], T]) -> T:
+def _once(connection: BaseDatabaseWrapper, key: tuple[object, ...], make: Callable[[], T]) -> T:
     """Return what was made for this connection before: a claim takes Django longer to compile than to do.
 
     Kept with the connection, as compiled queries refer to it and belong to its thread.
     """
-    made = vars(connections[using]).setdefault("_modelqueue_made", {})
+    made = vars(connection).setdefault("_modelqueue_made", {})
     if key not in made:
         made[key] = make()
     value: T = made[key]
@@ -127,7 +128,8 @@ def _for_the_moment(
     if source.queryset.query.where:
         return make()
     # All rows of a table: from call to call only the time is another.
-    made = _once(source.using, ("due", source.model, source.field, *key), make)
+    key = ("due", source.model, source.field, *key)
+    made = _once(connections[source.using], key, make)
     return replace(
         made, params=(Status.minimum(State.waiting), int(Status.waiting(now, Status.max_attempts)))
     )
@@ -165,7 +167,8 @@ class Columns(Generic[M]):
 
 def columns_of(source: Source[M]) -> Columns[M]:
     """Return the columns of the table of a plain source."""
-    return _once(source.using, ("columns", source.model), lambda: Columns(source.model, source.using))
+    key = ("columns", source.model)
+    return _once(connections[source.using], key, lambda: Columns(source.model, source.using))
 
 
 def update_of_row(
@@ -176,19 +179,19 @@ def update_of_row(
 ) -> tuple[str, list[Any]]:
     """Return the UPDATE that sets values of one row in the owner's table if its status is one of `old`."""
     connection, meta = connections[source.using], source.owner._meta
-    quote = connection.ops.quote_name
     keys = getattr(meta, "pk_fields", [meta.pk])  # several from Django 5.2
-    key = zip(keys, row.key if len(keys) > 1 else [row.key], strict=True)
-    status = quote(str(source.field.column))
-    held = [value for value in old if value is not None]
+    held = [status for status in old if status is not None]
+    may_be_null = len(held) < len(old)
 
-    sets = ", ".join([f"{quote(str(field.column))} = %s" for field in values])
-    is_row = " AND ".join([f"{quote(str(field.column))} = %s" for field in keys])
-    is_old = " OR ".join([f"{status} = %s"] * len(held) + [f"{status} IS NULL"] * (None in old))
-    params = list(values.items())
-    params += key
-    params += [(source.field, value) for value in held]
-    return (
-        f"UPDATE {quote(meta.db_table)} SET {sets} WHERE {is_row} AND ({is_old})",  # noqa: S608
-        [field.get_db_prep_save(value, connection) for field, value in params],
-    )
+    def make() -> str:
+        quote = connection.ops.quote_name
+        status = quote(str(source.field.column))
+        sets = ", ".join([f"{quote(str(field.column))} = %s" for field in values])
+        is_row = " AND ".join([f"{quote(str(field.column))} = %s" for field in keys])
+        is_old = " OR ".join([f"{status} = %s"] * len(held) + [f"{status} IS NULL"] * may_be_null)
+        return f"UPDATE {quote(meta.db_table)} SET {sets} WHERE {is_row} AND ({is_old})"  # noqa: S608
+
+    sql = _once(connection, ("update", source.field, *values, len(held), may_be_null), make)
+    params = [*values.items(), *zip(keys, row.key if len(keys) > 1 else [row.key], strict=True)]
+    params += [(source.field, status) for status in held]
+    return sql, [field.get_db_prep_save(value, connection) for field, value in params]
