@@ -10,6 +10,10 @@ from tests.testapp.models import Task
 
 WRONG = [
     ({"ENGINE": "fast"}, "MODELQUEUE['ENGINE'] is 'fast', but can only be 'auto' or 'portable'."),
+    (
+        {"PREPARED_STATEMENTS": "no"},
+        "MODELQUEUE['PREPARED_STATEMENTS'] is 'no', but can only be True or False.",
+    ),
     ({"ENGIN": "auto"}, "MODELQUEUE has no setting 'ENGIN'."),
     ("auto", "MODELQUEUE is 'auto', not a dictionary."),
 ]
@@ -20,7 +24,7 @@ def test_default(settings, given):
     del settings.MODELQUEUE
     if given is not None:
         settings.MODELQUEUE = given
-    assert conf.get("ENGINE") == "auto"
+    assert (conf.get("ENGINE"), conf.get("PREPARED_STATEMENTS")) == ("auto", True)
     assert conf.problems() == []
 
 
@@ -33,7 +37,7 @@ def test_wrong_settings_are_e001(settings, given, problem):
     assert error.hint
 
 
-@pytest.mark.parametrize(("given", "problem"), [WRONG[0], WRONG[2]])
+@pytest.mark.parametrize(("given", "problem"), [WRONG[0], WRONG[-1]])
 @pytest.mark.django_db(transaction=True)
 def test_wrong_value_is_refused_before_anything_is_claimed(settings, given, problem):
     settings.MODELQUEUE = given

@@ -2,7 +2,7 @@
 
 They stand in one dictionary of the project's settings, and are read when they are used::
 
-    MODELQUEUE = {"ENGINE": "portable"}
+    MODELQUEUE = {"ENGINE": "portable", "PREPARED_STATEMENTS": False}
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ SETTINGS = {
         ("auto", "portable"),
         'How tasks are claimed: "auto" is the fastest way that the database has, "portable" the one that '
         "works on every database, step by step.",
+    ),
+    "PREPARED_STATEMENTS": Setting(
+        True,
+        (True, False),
+        "Whether statements that a session sends often are prepared (PostgreSQL). PgBouncer does not mind; "
+        "Amazon's RDS Proxy pins the session.",
     ),
 }
 

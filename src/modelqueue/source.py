@@ -51,9 +51,10 @@ class Source(Generic[M]):
                 f"Tasks come from a QuerySet or a Manager, not from {queryset!r}. "
                 "Give for example Task.objects.all()."
             )
-        rows = queryset.all()
+        rows = on_write_database(queryset.all())
         _check_claimable(rows)
-        rows = on_write_database(rows).order_by()
+        # What follows changes a clone of the caller's. order_by() and the like would make more of them.
+        rows.query.clear_ordering(force=True)
         rows.query.select_for_update = False
         if not rows.query.standard_ordering:
             rows = rows.reverse()  # undoes the caller's reverse(), which outlives order_by()
@@ -126,9 +127,10 @@ class Source(Generic[M]):
 def on_write_database(rows: models.QuerySet[M]) -> models.QuerySet[M]:
     """Return the same rows on the alias they name with ``using()``, else on the one to write them to."""
     # What QuerySet.update() asks the router, see QuerySet.db; there is no public way to ask it ahead.
-    rows = rows.all()
-    rows._for_write = True  # type: ignore[attr-defined]
-    rows = rows.using(rows.db)
+    clone: Any = rows.all()
+    clone._for_write = True
+    clone._db = clone.db  # using() would make one more clone
+    rows = clone
     return rows
 
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 from django.db import IntegrityError, models, transaction
+from django.db.backends.utils import CursorWrapper
 from django.db.models import F, Q
 
 from modelqueue import conf
@@ -235,8 +236,12 @@ class Engine(Session):
         values: dict[models.Field[Any, Any], Any],
     ) -> bool:
         with self.connection.cursor() as cursor:
-            cursor.execute(*update_of_row(source, row, old, values))
+            self._execute(cursor, *update_of_row(source, row, old, values))
             return bool(cursor.rowcount == 1)
+
+    def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
+        """Send a statement that is ours from its first word to its last."""
+        cursor.execute(sql, params)
 
     def read(self, source: Source[M], row: Candidate) -> tuple[bool, Status | None]:
         """Return whether a row exists, and its status."""

@@ -19,13 +19,16 @@ inserted holds a lock that only a full ``FOR UPDATE`` would meet.
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from django.db import models
+from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
 from modelqueue.clock import Clock
+from modelqueue.engines import prepared
 from modelqueue.engines.base import Engine, WayToClaim
 from modelqueue.engines.claims import Candidate, Claim, lease_at
 from modelqueue.engines.statements import (
@@ -34,6 +37,7 @@ from modelqueue.engines.statements import (
     has_composite_key,
     is_plain,
     key_names,
+    once,
     select_keys,
 )
 from modelqueue.fields import set_loaded
@@ -71,11 +75,13 @@ class PostgreSQLEngine(Engine):
         keys = select_keys(source, moment, limit)
         # Inside a transaction of the caller a savepoint, so that it can go on after an error.
         with self.transaction() if self.is_inside_transaction() else nullcontext():
-            rows = self._execute(source, keys, moment, columns.sql)
+            rows = self._claimed_rows(source, keys, moment, columns.sql)
+        lease = lease_at(moment)
         claims: list[Claim[M]] = []
-        for pk, status, *values in rows:
-            row = Candidate(pk, pk, Status(status))
-            claims.append(columns.claim(source, row, lease_at(moment, row.status.attempts), values))
+        for pk, number, *values in rows:
+            status = Status(number)
+            row = Candidate(pk, pk, status)
+            claims.append(columns.claim(source, row, Status(lease + status.attempts), values))
         return _in_order(claims)
 
     def _claim_and_load(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
@@ -86,7 +92,7 @@ class PostgreSQLEngine(Engine):
             while len(claims) < limit:  # again, as a join may have picked a row several times
                 moment = clock()
                 keys = select_keys(source, moment, limit - len(claims))
-                picked = keys.converted(self._execute(source, keys, moment))
+                picked = keys.converted(self._claimed_rows(source, keys, moment))
                 rows = [Candidate(pk, key[0] if key else pk, Status(status)) for pk, *key, status in picked]
                 tasks = self._load(source, rows)
                 for row in rows:
@@ -102,12 +108,25 @@ class PostgreSQLEngine(Engine):
                 self.compare_and_set(source, row, [lease], row.status)
         return _in_order(claims)
 
-    def _execute(
-        self, source: Source[Any], keys: Selection, moment: dt.datetime, *columns: str
+    def _claimed_rows(
+        self, source: Source[Any], keys: Selection, moment: dt.datetime, columns: str = ""
     ) -> list[tuple[Any, ...]]:
+        params = (*keys.params, int(lease_at(moment)))
+        with self.connection.cursor() as cursor:
+            if source.queryset.query.where:  # with parameters of the caller's own
+                cursor.execute(self._claim_sql(source, keys, columns), params)
+            else:
+                key = ("claim", source.field, keys.sql, columns)
+                sql = once(self.connection, key, lambda: self._claim_sql(source, keys, columns))
+                self._execute(cursor, sql, params)
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        return rows
+
+    def _claim_sql(self, source: Source[Any], keys: Selection, columns: str) -> str:
         quote = self.connection.ops.quote_name
         names = (*("pk", "key")[: len(key_names(source))], "status")
-        sql = _CLAIM.format(
+        picked = ", ".join(f"picked.{name}" for name in names)
+        return _CLAIM.format(
             names=", ".join(names),
             keys=keys.sql,
             alias=quote(keys.alias),
@@ -115,19 +134,16 @@ class PostgreSQLEngine(Engine):
             status=quote(str(source.field.column)),
             key=quote(str(source.owner._meta.pk.column)),
             picked_key=names[-2],
-            returning=", ".join((*(f"picked.{name}" for name in names), *columns)),
+            returning=f"{picked}, {columns}" if columns else picked,
         )
-        with self.connection.cursor() as cursor:
-            cursor.execute(sql, (*keys.params, int(lease_at(moment))))
-            rows: list[tuple[Any, ...]] = cursor.fetchall()
-        return rows
+
+    def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
+        prepared.execute(self.connection, cursor, sql, params)
 
     # Errors and transactions
 
     def is_try_again(self, error: Error) -> bool:
-        cause = error.__cause__
-        # psycopg 3 calls it sqlstate, psycopg 2 pgcode
-        return (getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)) in _TRY_AGAIN
+        return prepared.sqlstate(error) in _TRY_AGAIN
 
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection

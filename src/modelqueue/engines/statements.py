@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from django.db import connections, models
@@ -32,6 +32,7 @@ __all__ = [
     "has_composite_key",
     "is_plain",
     "key_names",
+    "once",
     "select_keys",
     "select_tasks",
     "update_of_row",
@@ -41,7 +42,7 @@ M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
 
 
-def _once(connection: BaseDatabaseWrapper, key: tuple[object, ...], make: Callable[[], T]) -> T:
+def once(connection: BaseDatabaseWrapper, key: tuple[object, ...], make: Callable[[], T]) -> T:
     """Return what was made for this connection before: a claim takes Django longer to compile than to do.
 
     Kept with the connection, as compiled queries refer to it and belong to its thread.
@@ -129,10 +130,9 @@ def _for_the_moment(
         return make()
     # All rows of a table: from call to call only the time is another.
     key = ("due", source.model, source.field, *key)
-    made = _once(connections[source.using], key, make)
-    return replace(
-        made, params=(Status.minimum(State.waiting), int(Status.waiting(now, Status.max_attempts)))
-    )
+    made = once(connections[source.using], key, make)
+    bounds = Status.minimum(State.waiting), int(Status.waiting(now, Status.max_attempts))
+    return Selection(made.sql, bounds, made.alias, made.converted)
 
 
 class Columns(Generic[M]):
@@ -168,7 +168,7 @@ class Columns(Generic[M]):
 def columns_of(source: Source[M]) -> Columns[M]:
     """Return the columns of the table of a plain source."""
     key = ("columns", source.model)
-    return _once(connections[source.using], key, lambda: Columns(source.model, source.using))
+    return once(connections[source.using], key, lambda: Columns(source.model, source.using))
 
 
 def update_of_row(
@@ -191,7 +191,7 @@ def update_of_row(
         is_old = " OR ".join([f"{status} = %s"] * len(held) + [f"{status} IS NULL"] * may_be_null)
         return f"UPDATE {quote(meta.db_table)} SET {sets} WHERE {is_row} AND ({is_old})"  # noqa: S608
 
-    sql = _once(connection, ("update", source.field, *values, len(held), may_be_null), make)
+    sql = once(connection, ("update", source.field, *values, len(held), may_be_null), make)
     params = [*values.items(), *zip(keys, row.key if len(keys) > 1 else [row.key], strict=True)]
     params += [(source.field, status) for status in held]
     return sql, [field.get_db_prep_save(value, connection) for field, value in params]

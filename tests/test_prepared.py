@@ -1,0 +1,147 @@
+"""Prepared statements of PostgreSQL: which, how long, and in a session that does not have them any more."""
+
+import pytest
+from django.db import IntegrityError, connection, transaction
+from django.test.utils import CaptureQueriesContext
+
+from modelqueue import State, Status, run
+from modelqueue.engines import prepared
+from tests.actions import stored, succeed
+from tests.testapp.models import Job, Task
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.vendor("postgresql")]
+
+
+@pytest.fixture(autouse=True)
+def _new_session():
+    connection.close()
+    yield
+    connection.close()
+
+
+def run_and_see(count, rows=None):
+    """Run tasks; return the first words of the statements of each."""
+    seen = []
+    for _ in range(count):
+        task = Task.objects.create()
+        with CaptureQueriesContext(connection) as queries:
+            assert run(Task.objects.all() if rows is None else rows, "status", succeed) == task
+        assert stored(task).state == State.finished
+        words = [query["sql"].split()[0] for query in queries.captured_queries]
+        seen.append([word for word in words if word != "SELECT"])  # a recovery, perhaps
+    return seen
+
+
+USED_OFTEN = [["WITH", "UPDATE"]] * 5 + [["PREPARE", "EXECUTE", "PREPARE", "EXECUTE"]]
+
+
+def test_statement_that_a_session_uses_often_is_prepared():
+    assert run_and_see(8) == [*USED_OFTEN, ["EXECUTE", "EXECUTE"], ["EXECUTE", "EXECUTE"]]
+
+
+def test_new_session_begins_anew():
+    run_and_see(7)
+    connection.close()
+    assert run_and_see(6) == USED_OFTEN
+
+
+def deallocate_all():
+    with connection.cursor() as cursor:
+        cursor.execute("DEALLOCATE ALL")
+
+
+def test_session_that_has_changed_behind_a_pooler_prepares_again():
+    run_and_see(7)
+    deallocate_all()
+    assert run_and_see(2) == [["EXECUTE", "WITH", "EXECUTE", "UPDATE"], USED_OFTEN[-1]]
+
+
+def test_what_another_client_of_the_pooler_has_prepared_is_the_same():
+    run_and_see(7)
+    # To this connection the session is a new one.
+    vars(connection._connections[connection._alias]).pop("_modelqueue_prepared")
+    assert run_and_see(7) == [*USED_OFTEN, ["EXECUTE", "EXECUTE"]]
+
+
+def test_setting_forbids_it(settings):
+    settings.MODELQUEUE = {"PREPARED_STATEMENTS": False}
+    assert run_and_see(8) == [["WITH", "UPDATE"]] * 8
+
+
+def test_name_says_what_a_statement_does():
+    assert prepared._name("SELECT 1") == prepared._name("SELECT 1") != prepared._name("SELECT 2")
+
+
+def test_column_whose_type_has_changed():
+    run_and_see(7)
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE testapp_task ALTER COLUMN data TYPE varchar(1000)")
+    try:
+        [[*first], second] = run_and_see(2)
+        assert first == ["EXECUTE", "DEALLOCATE", "WITH", "EXECUTE"]
+        assert second == ["PREPARE", "EXECUTE", "EXECUTE"]
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE testapp_task ALTER COLUMN data TYPE text")
+
+
+def test_plan_is_made_anew_after_a_while(monkeypatch):
+    run_and_see(7)
+    monkeypatch.setattr(prepared, "_LONGEST", 0.0)
+    again = ["DEALLOCATE", "PREPARE", "EXECUTE"]
+    assert run_and_see(1) == [again * 2]
+    deallocate_all()
+    assert run_and_see(1) == [["DEALLOCATE", "WITH", "DEALLOCATE", "UPDATE"]]
+
+
+def reads_of_the_whole_table():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_stat_force_next_flush()")
+        cursor.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'testapp_task'")
+        return cursor.fetchone()[0]
+
+
+def test_claims_find_their_index_in_a_table_that_was_empty_when_they_were_planned():
+    run_and_see(7)
+    Task.objects.all().delete()
+    Task.objects.bulk_create([Task(status=Status.finished(number, 1)) for number in range(20_000)], 5000)
+    before = reads_of_the_whole_table()
+    assert run_and_see(2) == [["EXECUTE", "EXECUTE"]] * 2
+    assert reads_of_the_whole_table() == before
+    Task.objects.filter(data="").count()
+    assert reads_of_the_whole_table() == before + 1
+
+
+def test_filter_of_the_caller_is_not_prepared():
+    seen = run_and_see(8, Task.objects.filter(data=""))
+    assert {words[0] for words in seen} == {"WITH"}
+
+
+def test_nothing_is_prepared_within_a_transaction_that_an_error_would_end():
+    run_and_see(7)
+    deallocate_all()
+    with transaction.atomic():
+        task = Task.objects.create()
+        with CaptureQueriesContext(connection) as queries:
+            run(Task.objects, "status", succeed)
+    assert stored(task).state == State.finished
+    assert not [query for query in queries if query["sql"].startswith(("PREPARE", "EXECUTE"))]
+
+
+def test_other_errors_are_raised():
+    for _ in range(7):
+        Job.objects.create()
+        run(Job.objects, "status", succeed)
+    Job.objects.all().delete()
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "ALTER TABLE testapp_job ADD CONSTRAINT none_ends CHECK (status < 4000000000000000000) NOT VALID"
+        )
+    try:
+        job = Job.objects.create(status=Status.waiting(0))
+        with pytest.raises(IntegrityError):
+            run(Job.objects, "status", succeed)
+        assert stored(job).state == State.waiting
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE testapp_job DROP CONSTRAINT none_ends")
