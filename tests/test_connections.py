@@ -8,7 +8,8 @@ from django.db import IntegrityError, InterfaceError, OperationalError, connecti
 from django.db.models import F
 from django.db.transaction import TransactionManagementError
 
-from modelqueue import Abort, State, Status, execution, run, verbs
+from modelqueue import Abort, State, Status, attempts, run, verbs
+from modelqueue.attempts import Attempt
 from modelqueue.engines import base, engine_for, sessions
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
@@ -364,7 +365,7 @@ def test_error_of_the_connection_is_not_taken_for_a_row_that_can_not_be_loaded(o
 
 def lose_answer(monkeypatch, method, count=1):
     """Let the answer to a write of the outcome be lost: it is done, and then the connection breaks."""
-    write = getattr(execution._Attempt, method)
+    write = getattr(Attempt, method)
     lost = []
 
     def write_and_lose(self, *args):
@@ -375,7 +376,7 @@ def lose_answer(monkeypatch, method, count=1):
             raise OperationalError("server closed the connection unexpectedly")
         return result
 
-    monkeypatch.setattr(execution._Attempt, method, write_and_lose)
+    monkeypatch.setattr(Attempt, method, write_and_lose)
     return lost
 
 
@@ -499,11 +500,11 @@ def test_outcome_that_was_rolled_back_is_computed_anew(monkeypatch):
     """What was rolled back after the save counts for nothing: an F() is applied to the value of then."""
     job = Job.objects.create(title="a", review_status=None)
     paper = Paper.objects.create(pages=1)
-    save = execution.save_merged
+    save = attempts.save_merged
 
     def save_and_fail(*args):
         save(*args)
-        monkeypatch.setattr(execution, "save_merged", edit_and_save)
+        monkeypatch.setattr(attempts, "save_merged", edit_and_save)
         raise TryAgain("could not serialize")
 
     def edit_and_save(*args):
@@ -513,14 +514,14 @@ def test_outcome_that_was_rolled_back_is_computed_anew(monkeypatch):
     def count(paper):
         paper.pages = F("pages") + 10
 
-    monkeypatch.setattr(execution, "save_merged", save_and_fail)
+    monkeypatch.setattr(attempts, "save_merged", save_and_fail)
     assert run(Paper.objects, "status", count).pages == 110
     assert row(paper).pages == 110
 
     def enqueue_next(job):
         job.review_status = Status.waiting(5)
 
-    monkeypatch.setattr(execution, "save_merged", save_and_fail)
+    monkeypatch.setattr(attempts, "save_merged", save_and_fail)
     run(Job.objects, "status", enqueue_next)
     assert row(job).review_status == Status.waiting(5)
 

@@ -105,7 +105,7 @@ def is_claimed_by_another(now):
 
         # What a worker leaves behind that was killed.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("modelqueue.execution._Attempt.record", raising_method)
+            patch.setattr("modelqueue.attempts.Attempt.record", raising_method)
             with pytest.raises(KeyError):
                 run(type(task).objects, "status", killed, timeout=5 * SECOND)
 

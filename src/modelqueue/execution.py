@@ -1,11 +1,7 @@
-"""One task from its claim to its recorded outcome: `run`.
+"""Running the next task of a queue: `run`.
 
-An attempt is a pipeline: claim, act, decide, record, tell. What is decided is in
-`modelqueue.outcomes`, how rows are moved in `modelqueue.engines`, what is written besides the status
-in `modelqueue.changes`. This module puts them in order, and makes two promises:
-
-* whatever the action does, the outcome is recorded under its lease or not at all;
-* whatever goes wrong with a row, the row does not stay working because of it.
+It recovers what dead workers have left, claims a task, and gives it to an attempt
+(`modelqueue.attempts`).
 """
 
 from __future__ import annotations
@@ -13,39 +9,27 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
-import logging
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from django.db import DatabaseError, models, transaction
-from django.db.transaction import TransactionManagementError
-from django.dispatch import Signal
+from django.db import models
 
-from modelqueue import signals, verbs
+from modelqueue import verbs
+from modelqueue.attempts import Attempt
 from modelqueue.backoff import Delay
-from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
-from modelqueue.clock import now
-from modelqueue.engines import Claim, engine_for
-from modelqueue.fields import is_saved, set_loaded
-from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
+from modelqueue.engines import Claim
+from modelqueue.outcomes import Policy
 from modelqueue.source import Source
-from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, priority_to_datetime
+from modelqueue.status import ONE_HOUR, ZERO_SECS
 
 __all__ = ["run"]
 
 M = TypeVar("M", bound=models.Model)
 
-logger = logging.getLogger("modelqueue")
-
 #: Seconds after which `run` recovers again although there are tasks to run.
 _RECOVERY_INTERVAL = 1.0
 _last_recovery: dict[tuple[Any, ...], float] = {}
-
-#: How far ahead a time is that `run` waits for, having written it itself, and how often it looks at the clock
-#: meanwhile, as that may stand still. (Not for how long: a busy machine may take its time.)
-_SOON = dt.timedelta(milliseconds=5)
-_LOOKS = 50
 
 
 def run(
@@ -94,7 +78,7 @@ def run(
     claim = _next_claim(source, policy)
     if claim is None:
         return None
-    return _Attempt(source, policy, claim).run(action)
+    return Attempt(source, policy, claim).run(action)
 
 
 def _check_action(action: object) -> None:
@@ -142,264 +126,3 @@ def _recovery_key(source: Source[Any]) -> tuple[Any, ...]:
     except TypeError:  # a value in the filter is unhashable
         rows = hash(str(where))
     return source.using, source.owner, source.field.attname, rows
-
-
-class _Attempt(Generic[M]):
-    """A claimed task and what becomes of it: the steps of `run`, in the order in which they are taken."""
-
-    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
-        self.source = source
-        self.policy = policy
-        self.claim = claim
-        self.task = claim.task
-        self.engine = engine_for(source.using)
-        self.snapshot: Snapshot | None = None
-
-    @property
-    def held(self) -> set[Status | None]:
-        """What stands in the row as long as the task is ours."""
-        return {self.claim.lease} if self.snapshot is None else self.snapshot.held
-
-    def run(self, action: Callable[[M], object]) -> M | None:
-        error = self.claim.error if self.task is None else self.act(action, self.task)
-        outcome = self.record(self.decide(error))
-        self.let_its_time_come(outcome)
-        if outcome.raised is not None:
-            raise outcome.raised
-        return self.task
-
-    # Act
-
-    def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
-        """Call the action; return what it raised, or None."""
-        try:
-            self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
-            self.tell(signals.task_claimed, status=self.claim.lease)
-            if self.engine.is_inside_transaction():
-                return self.call_in_savepoint(action, task)
-            error = _call(action, task)
-            if self.engine.restore_connection():
-                snapshot.forget_saves()
-                error = error or TransactionManagementError(
-                    "The action returned in the middle of a transaction, which was rolled back. "
-                    "Leave every transaction that an action begins, with atomic() or COMMIT."
-                )
-            return error
-        except BaseException as error:  # Ctrl-C between the steps, for example
-            return error
-        finally:
-            if self.snapshot is not None:
-                self.snapshot.close()
-
-    def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
-        """Call the action so that an error of the database leaves the caller's transaction usable.
-
-        The savepoint is rolled back only if it must be. Otherwise what the action wrote stays, as it
-        does without an outer transaction.
-        """
-        error: BaseException | None = None
-        is_broken = False
-        try:
-            with transaction.atomic(using=self.source.using):
-                error = _call(action, task)
-                is_broken = self.engine.connection.needs_rollback
-        except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
-            error = error or aborted
-        if is_broken and error is None:
-            error = TransactionManagementError(
-                "The action went on after an error of the database, or called set_rollback(True), so what it "
-                "wrote had to be rolled back. Put what may fail into an atomic() of its own."
-            )
-        return error
-
-    # Decide
-
-    def decide(self, error: BaseException | None) -> Outcome:
-        if error is None and self.snapshot is not None:
-            try:
-                if self.snapshot.assigned != self.claim.lease:
-                    return assigned(self.snapshot.assigned, self.source.field.null)
-            except (TypeError, ValueError) as wrong_status:
-                error = wrong_status
-        return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
-
-    # Record
-
-    def record(self, outcome: Outcome) -> Outcome:
-        """Write the outcome under the lease, and what the action changed; return what was written.
-
-        If the changes can not be saved, the attempt has failed, and that is recorded without them.
-        """
-        self.keep_leases_unique(outcome)
-        try:
-            is_written = self.write(outcome, self.snapshot)
-        except BaseException as error:
-            is_hopeless = self.engine.is_inside_transaction() and self.engine.is_to_be_tried_again(error)
-            if self.snapshot is None or is_hopeless:
-                raise
-            outcome = self.without_changes(outcome, error)
-            is_written = self.write(outcome, None)
-        self.conclude(outcome, is_written)
-        return outcome
-
-    def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
-        """Return what to record when the changes of the action can not be saved.
-
-        The attempt has failed, except where it was to end with an error of the action or to be given
-        back: that is what the caller has to see, a Ctrl-C above all, and the other error is logged.
-        """
-        if outcome.raised is None or not isinstance(error, Exception):
-            return failed(self.claim.lease, error, self.policy, now())
-        logger.error(
-            "%s %s: what the action changed can not be saved.",
-            self.source.model._meta.label,
-            self.claim.row.pk,
-            exc_info=error,
-        )
-        return outcome
-
-    def write(self, outcome: Outcome, snapshot: Snapshot | None) -> bool:
-        """Write an outcome if the task is still ours; return whether it was.
-
-        Can be repeated: once written, it finds that the task is not ours any more.
-        """
-        task = self.task
-        if self.is_deleted_by_action():
-            return False
-        changed = [] if snapshot is None else snapshot.changed()
-        if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
-            return self.engine.patiently(functools.partial(self.write_status, outcome), reconnect=True)
-        # A save() that is rolled back leaves its traces on the instance; each try begins without them.
-        as_left = dict(task.__dict__)
-        write = functools.partial(self.write_task, outcome, task, as_left, changed)
-        return self.engine.patiently(write, reconnect=True)
-
-    def write_status(self, outcome: Outcome) -> bool:
-        column = self.source.error_field
-        note = None if column is None else outcome.note
-        if column is not None and self.task is not None and note == self.task.__dict__.get(column.attname):
-            note = None
-        held = self.held
-        if self.task is not None:
-            set_loaded(self.task, self.source.field, outcome.status)
-        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note)
-
-    def write_task(
-        self, outcome: Outcome, task: M, as_left: dict[str, Any], changed: list[models.Field[Any, Any]]
-    ) -> bool:
-        source, column = self.source, self.source.error_field
-        held = self.held
-        is_saved_in_full = False
-        try:
-            with self.engine.transaction():
-                if not self.engine.compare_and_set(source, self.claim.row, held, outcome.status):
-                    return False
-                task.__dict__.clear()
-                task.__dict__.update(as_left)
-                set_loaded(task, source.field, outcome.status)
-                if column is not None and outcome.note is not None:
-                    setattr(task, column.attname, outcome.note)
-                    changed = [*changed, column]
-                self.engine.lock_other_tables(source, task)
-                save_merged(task, changed, source.field, source.using)
-                is_saved_in_full = True
-        except Exception:
-            # A hook that the save() has left for the commit fails after it; the answer to it can get lost.
-            is_ended = is_saved_in_full and not self.engine.is_inside_transaction()
-            if not is_ended or self.read() != (True, outcome.status):
-                raise
-            logger.exception(
-                "%s %s: its outcome is recorded, but its commit ended with an error.",
-                source.model._meta.label,
-                self.claim.row.pk,
-            )
-        return True
-
-    def conclude(self, outcome: Outcome, is_written: bool) -> None:
-        """Make the instance show what the row holds, and tell who listens."""
-        task, exists, stored = self.task, True, outcome.status
-        if not is_written:
-            exists, stored = self.read()
-            is_written = (
-                (exists and stored == outcome.status)  # the answer to our write was lost
-                or self.is_saved_by_action(outcome)
-                or self.is_deleted_by_action()
-            )
-        elif task is not None and is_saved(task, self.source.field):
-            stored = task.__dict__[
-                self.source.field.attname
-            ]  # assigned by a save() or a pre_save of the user
-        if task is not None and exists:
-            set_loaded(task, self.source.field, stored)
-        column = self.source.error_field
-        if task is not None and column is not None and is_written and outcome.note is not None:
-            setattr(task, column.attname, outcome.note)
-        ended = {"outcome": outcome.ending, "error": outcome.error}
-        if is_written:
-            self.tell(signals.task_finished, status=stored if exists else outcome.status, **ended)
-        else:
-            self.tell(signals.lease_lost, lease=self.claim.lease, status=stored, **ended)
-
-    def read(self) -> tuple[bool, Status | None]:
-        """Return whether the row of the task exists, and its status."""
-        return self.engine.patiently(lambda: self.engine.read(self.source, self.claim.row), reconnect=True)
-
-    def is_saved_by_action(self, outcome: Outcome) -> bool:
-        # Whatever somebody has made of the row after that.
-        if outcome.ending != "assign" or self.snapshot is None:
-            return False
-        return outcome.status in self.snapshot.held and not self.snapshot.changed()
-
-    def is_deleted_by_action(self) -> bool:
-        # Model.delete() leaves an instance without its key.
-        return self.task is not None and self.task.pk is None and not self.read()[0]
-
-    # Time
-
-    def keep_leases_unique(self, outcome: Outcome) -> None:
-        """Wait, a millisecond at most, before a task goes back with an older time than its lease.
-
-        Its next claim stamps the time of then, so that it can not come out as the same lease.
-        """
-        if outcome.status is not None and outcome.status.priority < self.claim.lease.priority:
-            _wait_until(self.claim.lease.priority)
-
-    def let_its_time_come(self, outcome: Outcome) -> None:
-        """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
-        if outcome.status is not None and outcome.status.state == State.waiting:
-            _wait_until(outcome.status.priority)
-        if not self.engine.is_inside_transaction():
-            self.engine.give_way()
-
-    def tell(self, signal: Signal, **arguments: Any) -> None:
-        signals.send(
-            signal,
-            self.source.model,
-            pk=self.claim.row.pk,
-            field=self.source.field.name,
-            using=self.source.using,
-            task=self.task,
-            **arguments,
-        )
-
-
-def _call(action: Callable[[M], object], task: M) -> BaseException | None:
-    try:
-        result = action(task)
-    except BaseException as error:
-        return error
-    if inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-        if not inspect.isasyncgen(result):
-            result.close()
-        kind = type(result).__name__.replace("_", " ")
-        return TypeError(f"The action {action!r} returned a {kind}, which run() does not run.")
-    return None
-
-
-def _wait_until(priority: int) -> None:
-    """Wait for the time that a priority spells if it is about to come, and not for any other."""
-    moment = priority_to_datetime(priority)
-    for _ in range(_LOOKS):
-        if moment is None or not ZERO_SECS < moment - now() < _SOON:
-            break
-        time.sleep(0.0001)
