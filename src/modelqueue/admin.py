@@ -76,32 +76,39 @@ def _to_attempts_zero(status: F) -> Combinable:
 def _action(name: str, description: str, field: str, value: Callable[[F], Combinable]) -> Action:
     @admin.action(description=description, permissions=["change"])
     def change(modeladmin: admin.ModelAdmin[Any], request: HttpRequest, queryset: QuerySet[Any]) -> None:
-        changed, left_alone = _update(queryset, field, value(F(field)))
+        changed, foreign, locked = _update(queryset, field, value(F(field)))
         text = f"{description}: {changed} changed."
-        if left_alone:
-            text += f" {left_alone} left alone, as they hold no status."
-        modeladmin.message_user(request, text, messages.WARNING if left_alone else messages.SUCCESS)
+        if foreign:
+            text += f" {foreign} left alone, as they hold no status."
+        if locked:
+            text += f" {locked} left alone, as a transaction works on them. Try again when it has ended."
+        modeladmin.message_user(request, text, messages.WARNING if foreign or locked else messages.SUCCESS)
 
     change.__name__ = change.__qualname__ = name
     return change
 
 
-def _update(queryset: QuerySet[Any], field: str, value: Combinable) -> tuple[int, int]:
-    """Set the status of those rows that have one; return how many have, and how many have none."""
+def _update(queryset: QuerySet[Any], field: str, value: Combinable) -> tuple[int, int, int]:
+    """Set the status of those rows that have one and that nobody has locked.
+
+    Returns:
+        How many were set, how many hold no status, and how many are locked.
+    """
     rows = on_write_database(queryset)
     column = status_field(rows.model, field)
     first, last = Status.minimum(State.created), Status.maximum(State.canceled)
     engine = engine_for(rows.db)
 
-    def update() -> tuple[int, int]:
-        changed = total = 0
+    def update() -> tuple[int, int, int]:
+        changed = with_status = total = 0
         with engine.transaction():
             engine.take_write_lock(column)
             for part in owner_rows(rows, column):
                 total += part.count()
-                with_status = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
-                changed += with_status.update(**{field: value})
-        return changed, max(total - changed, 0)
+                part = part.filter(**{f"{field}__gte": first, f"{field}__lte": last})
+                with_status += part.count()
+                changed += sum(free.update(**{field: value}) for free in engine.unlocked(part))
+        return changed, max(total - with_status, 0), max(with_status - changed, 0)
 
     return engine.patiently(update)
 

@@ -16,10 +16,12 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 
 from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
+from django.db.utils import Error
 from django.dispatch import Signal
 
 from modelqueue import signals
@@ -31,7 +33,7 @@ from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
 
-__all__ = ["Attempt"]
+__all__ = ["AtomicAttempt", "Attempt"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -60,35 +62,44 @@ class Attempt(Generic[M]):
         return {self.claim.lease} if self.snapshot is None else self.snapshot.held
 
     def run(self, action: Callable[[M], object]) -> M | None:
+        """Take all steps; return the task, or raise what its attempt ended with."""
         error = self.claim.error if self.task is None else self.act(action, self.task)
-        outcome = self.record(self.decide(error))
-        self.let_its_time_come(outcome)
-        if outcome.raised is not None:
-            raise outcome.raised
-        return self.task
+        return self.end(self.record(self.decide(error)))
 
     # Act
+
+    def begin(self, task: M) -> None:
+        """Watch the task from here on, and tell that it is claimed."""
+        self.snapshot = Snapshot(task, self.source, self.claim.lease)
+        self.tell(signals.task_claimed, status=self.claim.lease)
 
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action; return what it raised, or None."""
         try:
-            self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
-            self.tell(signals.task_claimed, status=self.claim.lease)
+            self.begin(task)
             if self.engine.is_inside_transaction():
                 return self.call_in_savepoint(action, task)
-            error = _call(action, task)
-            if self.engine.restore_connection():
-                snapshot.forget_saves()
-                error = error or TransactionManagementError(
-                    "The action returned in the middle of a transaction, which was rolled back. "
-                    "Leave every transaction that an action begins, with atomic() or COMMIT."
-                )
-            return error
+            return self.restore_connection(_call(action, task))
         except BaseException as error:  # Ctrl-C between the steps, for example
             return error
         finally:
-            if self.snapshot is not None:
-                self.snapshot.close()
+            self.close()
+
+    def close(self) -> None:
+        """Do not watch the task any more."""
+        if self.snapshot is not None:
+            self.snapshot.close()
+
+    def restore_connection(self, error: BaseException | None) -> BaseException | None:
+        """Mend what the action did to its connection; return the error of the attempt, if there is one."""
+        if not self.engine.restore_connection():
+            return error
+        if self.snapshot is not None:
+            self.snapshot.forget_saves()
+        return error or TransactionManagementError(
+            "The action returned in the middle of a transaction, which was rolled back. "
+            "Leave every transaction that an action begins, with atomic() or COMMIT."
+        )
 
     def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action so that an error of the database leaves the caller's transaction usable.
@@ -125,21 +136,25 @@ class Attempt(Generic[M]):
     # Record
 
     def record(self, outcome: Outcome) -> Outcome:
-        """Write the outcome under the lease, and what the action changed; return what was written.
+        """Write the outcome under the lease, and what the action changed; return what was written."""
+        outcome, is_written = self.write_or_fail(outcome)
+        self.conclude(outcome, is_written)
+        return outcome
 
-        If the changes can not be saved, the attempt has failed, and that is recorded without them.
+    def write_or_fail(self, outcome: Outcome) -> tuple[Outcome, bool]:
+        """Write an outcome; return it, and whether the task was still ours.
+
+        If the changes can not be saved, the attempt has failed, and that is written without them.
         """
         self.keep_leases_unique(outcome)
         try:
-            is_written = self.write(outcome, self.snapshot)
+            return outcome, self.write(outcome, self.snapshot)
         except BaseException as error:
             is_hopeless = self.engine.is_inside_transaction() and self.engine.is_to_be_tried_again(error)
             if self.snapshot is None or is_hopeless:
                 raise
             outcome = self.without_changes(outcome, error)
-            is_written = self.write(outcome, None)
-        self.conclude(outcome, is_written)
-        return outcome
+            return outcome, self.write(outcome, None)
 
     def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
         """Return what to record when the changes of the action can not be saved.
@@ -253,7 +268,14 @@ class Attempt(Generic[M]):
         # Model.delete() leaves an instance without its key.
         return self.task is not None and self.task.pk is None and not self.read()[0]
 
-    # Time
+    # End
+
+    def end(self, outcome: Outcome) -> M | None:
+        """Return the task, or raise what the attempt ended with."""
+        self.let_its_time_come(outcome)
+        if outcome.raised is not None:
+            raise outcome.raised
+        return self.task
 
     def keep_leases_unique(self, outcome: Outcome) -> None:
         """Wait, a millisecond at most, before a task goes back with an older time than its lease.
@@ -280,6 +302,99 @@ class Attempt(Generic[M]):
             task=self.task,
             **arguments,
         )
+
+
+class AtomicAttempt(Attempt[M]):
+    """An attempt in one transaction, which begins with a lock on the row and ends with the outcome.
+
+    What the action does to the database of the task is committed together with its success, or not at
+    all. While the transaction is open its lock is the lease: whoever would recover the task passes over it.
+    """
+
+    def run(self, action: Callable[[M], object]) -> M | None:
+        if self.task is None:
+            return super().run(action)
+        return self.end(self.act_and_record(action, self.task))
+
+    def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
+        outcome: Outcome | None = None
+        try:
+            self.begin(task)
+            try:
+                opened = self.engine.patiently(self.hold, reconnect=True)
+            except Error as unavailable:
+                return self.record(Outcome("release", self.claim.row.status, unavailable))
+            if opened is None:
+                return self.lose()
+            with opened:
+                outcome = self.succeed(action, task)
+        except _LostError:
+            return self.lose()
+        except BaseException as error:
+            return self.fail(error, outcome)
+        finally:
+            self.close()
+        self.conclude(outcome, is_written=True)
+        return outcome
+
+    def hold(self) -> ExitStack | None:
+        """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
+        with ExitStack() as stack:
+            stack.enter_context(transaction.atomic(using=self.source.using))
+            if self.engine.hold(self.source, self.claim.row, self.claim.lease):
+                return stack.pop_all()
+        return None
+
+    def succeed(self, action: Callable[[M], object], task: M) -> Outcome:
+        """Act, and write the success; raise whatever is none, so that all is rolled back."""
+        error = _call(action, task)
+        if error is not None:
+            raise error
+        outcome = self.decide(None)
+        if outcome.error is not None:
+            raise outcome.error
+        self.keep_leases_unique(outcome)
+        is_written = self.write(outcome, self.snapshot)
+        if not (is_written or self.is_saved_by_action(outcome) or self.is_deleted_by_action()):
+            raise _LostError  # the action has ended our transaction, and with it the lock
+        return outcome
+
+    def fail(self, error: BaseException, succeeded: Outcome | None) -> Outcome:
+        """Record, in a transaction of its own, an attempt that was rolled back."""
+        self.undo()
+        failed, is_written = self.write_or_fail(self.decide(error))
+        if is_written or succeeded is None or self.read() != (True, succeeded.status):
+            self.conclude(failed, is_written)
+            return failed
+        # It was committed: the answer to the commit was lost, or one of its hooks has failed.
+        logger.error(
+            "%s %s: its outcome is recorded, but its commit ended with an error.",
+            self.source.model._meta.label,
+            self.claim.row.pk,
+            exc_info=error,
+        )
+        self.conclude(succeeded, is_written=True)
+        if not isinstance(error, Exception):
+            raise error
+        return succeeded
+
+    def lose(self) -> Outcome:
+        """Tell that somebody has taken the task away before the action could begin, or with its help."""
+        self.undo()
+        outcome = Outcome("release", self.claim.row.status)
+        self.conclude(outcome, is_written=False)
+        return outcome
+
+    def undo(self) -> None:
+        """Make connection and instance what they were before the action."""
+        if not self.engine.is_inside_transaction():
+            self.engine.restore_connection()
+        if self.snapshot is not None:
+            self.snapshot.undo()
+
+
+class _LostError(Exception):
+    """The row is not under our lease any more, so nothing of the attempt may be committed."""
 
 
 def _call(action: Callable[[M], object], task: M) -> BaseException | None:

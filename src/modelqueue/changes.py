@@ -76,6 +76,21 @@ class Snapshot:
         del self._layers[1:]
         unsave(self._instance, self._status)
 
+    def undo(self) -> None:
+        """Give the instance its values from the claim back: what the action did was rolled back."""
+        self.forget_saves()
+        instance = self._instance
+        field: Any
+        for field in _loaded_fields(instance):
+            before = self._layers[0][1].get(field.attname, _UNREAD)
+            if before is _UNREAD or not _differs(before, instance.__dict__[field.attname]):
+                continue
+            instance.__dict__[field.attname] = _copied(before)
+            if field.is_relation and field.is_cached(instance):
+                field.delete_cached_value(instance)
+        instance._state.adding = False
+        instance._state.db = self._using
+
     def _copy_of(self, fields: Fields) -> dict[str, Any]:
         return {field.attname: _copied(self._instance.__dict__[field.attname]) for field in fields}
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from django.db import models
 
 from modelqueue import verbs
-from modelqueue.attempts import Attempt
+from modelqueue.attempts import AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
 from modelqueue.engines import Claim
 from modelqueue.outcomes import Policy
@@ -41,6 +41,7 @@ def run(
     delay: Delay = ZERO_SECS,
     *,
     error_field: str | None = None,
+    atomic: bool = False,
 ) -> M | None:
     """Run `action` on the next due task of a queue, and record what came of it.
 
@@ -61,6 +62,10 @@ def run(
         delay: how long a task waits after a failed attempt: a timedelta, or a callable
             (attempts) -> timedelta, see `modelqueue.backoff`.
         error_field: the name of an `ErrorField` that takes the text of a failure.
+        atomic: whether the action and its outcome are one transaction on the database of the task.
+            Then what the action does there is done exactly once: it is committed with the outcome when
+            the action returns, and rolled back, the changes of the task too, when it raises. For short
+            actions, as an open transaction holds up others.
 
     Returns:
         The task, with the status that was recorded, or None when nothing is due.
@@ -75,10 +80,13 @@ def run(
     source = Source.of(queryset, field, error_field)
     policy = Policy.of(retry, timeout, delay)
     _check_action(action)
+    if not isinstance(atomic, bool):
+        raise TypeError(f"atomic is True or False, not {atomic!r}.")
     claim = _next_claim(source, policy)
     if claim is None:
         return None
-    return Attempt(source, policy, claim).run(action)
+    attempt = AtomicAttempt(source, policy, claim) if atomic else Attempt(source, policy, claim)
+    return attempt.run(action)
 
 
 def _check_action(action: object) -> None:

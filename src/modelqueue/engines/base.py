@@ -23,6 +23,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from django.db import IntegrityError, models, transaction
@@ -186,7 +187,15 @@ class Engine(Session):
     ) -> list[tuple[Candidate, Status]]:
         recovered = []
         with self.transaction():
-            for row in self._lock(source, candidates, with_error_field=True):
+            free = self._lock(source, candidates, with_error_field=True)
+            if len(free) < len(candidates):
+                logger.debug(
+                    "%s: %d expired tasks are passed over. A transaction has locked them, perhaps that of an "
+                    "action with atomic=True, or they have changed.",
+                    source.model._meta.label,
+                    len(candidates) - len(free),
+                )
+            for row in free:
                 verdict = judge(row.status)
                 if self.compare_and_set(source, row, [row.status], verdict.status, verdict.note):
                     recovered.append((row, verdict.status))
@@ -242,6 +251,15 @@ class Engine(Session):
     def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
         """Send a statement that is ours from its first word to its last."""
         cursor.execute(sql, params)
+
+    def hold(self, source: Source[Any], row: Candidate, lease: Status) -> bool:
+        """Lock a row, within an open transaction, if it is under this lease; return whether it is."""
+        features = self.connection.features
+        if not features.has_select_for_update:
+            return self.compare_and_set(source, row, [lease], lease)
+        rows = source.owner_rows().filter(**{"pk": row.key, source.field.name: lease})
+        no_key = features.has_select_for_no_key_update
+        return bool(rows.select_for_update(no_key=no_key).values_list("pk")[:1])
 
     def read(self, source: Source[M], row: Candidate) -> tuple[bool, Status | None]:
         """Return whether a row exists, and its status."""
@@ -319,6 +337,18 @@ class Engine(Session):
     def _lock_by_writing(self, source: Source[M], rows: models.QuerySet[Any]) -> None:
         """Lock rows where SKIP LOCKED is unknown. Waits for whoever holds one, as the database does."""
         rows.update(**{source.field.name: F(source.field.name)})
+
+    def unlocked(self, rows: models.QuerySet[Any]) -> Iterator[models.QuerySet[Any]]:
+        """Lock those rows of one table that nobody else has locked, and yield them, in parts.
+
+        Where SKIP LOCKED is unknown all are yielded, unlocked.
+        """
+        if not self.connection.features.has_select_for_update_skip_locked:
+            yield rows
+            return
+        free = iter([pk for (pk,) in self._skipping_locked(rows).values_list("pk")])
+        while part := list(islice(free, _LONGEST_PAGE)):
+            yield rows.filter(pk__in=part)
 
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:
         """Begin a transaction that reads before it writes; of use where there is one writer at a time."""
