@@ -1,4 +1,4 @@
-"""What can be done with the rows of a queue, without running anything: claim, recover, enqueue.
+"""What can be done with the rows of a queue, without running anything: claim, renew, recover, enqueue.
 
 (`modelqueue.Status.tally` counts them.)
 """
@@ -15,13 +15,13 @@ from django.db.models import Q
 
 from modelqueue import outcomes, signals
 from modelqueue.clock import now
-from modelqueue.engines import Claim, Verdict, engine_for
+from modelqueue.engines import Claim, Renewal, Verdict, engine_for
 from modelqueue.fields import set_loaded
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source, on_write_database, owner_rows, status_field
 from modelqueue.status import State, Status
 
-__all__ = ["claim", "enqueue", "recover"]
+__all__ = ["claim", "enqueue", "recover", "renew"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -31,6 +31,11 @@ logger = logging.getLogger("modelqueue")
 def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
     """Take up to `limit` due tasks for this worker, see `Engine.claim`."""
     return engine_for(source.using).claim(source, now, limit)
+
+
+def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
+    """Tell the database that these tasks are still being worked on, see `Engine.renew`."""
+    return engine_for(source.using).renew(source, leases, now)
 
 
 def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from django.db import connections
 
 from modelqueue.engines.base import Engine
-from modelqueue.engines.claims import Candidate, Claim, Verdict
+from modelqueue.engines.claims import Candidate, Claim, Renewal, Verdict
 from modelqueue.engines.mysql import MySQLEngine
 from modelqueue.engines.postgresql import PostgreSQLEngine
 from modelqueue.engines.sqlite import SQLiteEngine
 
-__all__ = ["Candidate", "Claim", "Engine", "Verdict", "engine_for"]
+__all__ = ["Candidate", "Claim", "Engine", "Renewal", "Verdict", "engine_for"]
 
 _ENGINES: dict[str, type[Engine]] = {
     "mysql": MySQLEngine,

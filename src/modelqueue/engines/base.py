@@ -28,18 +28,19 @@ from typing import Any, TypeVar
 
 from django.db import IntegrityError, models, transaction
 from django.db.backends.utils import CursorWrapper
-from django.db.models import F, Q
+from django.db.models import F, Q, Value
+from django.db.models.functions import Greatest
 
 from modelqueue import conf
 from modelqueue.clock import Clock
-from modelqueue.engines.claims import Candidate, Claim, Verdict, lease_at
+from modelqueue.engines.claims import Candidate, Claim, Renewal, Verdict, lease_at
 from modelqueue.engines.sessions import Session
 from modelqueue.engines.statements import update_of_row
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
 from modelqueue.status import Status, priority_to_datetime
 
-__all__ = ["Engine", "WayToClaim"]
+__all__ = ["MOST_KEYS", "Engine", "WayToClaim"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -47,6 +48,8 @@ logger = logging.getLogger("modelqueue")
 
 _FIRST_PAGE = 20
 _LONGEST_PAGE = 2000
+#: Keys in one statement: some builds of SQLite take 999 parameters.
+MOST_KEYS = 400
 #: Other rows of which one has to load before a row is held responsible for not loading.
 _WITNESSES = 10
 
@@ -154,6 +157,50 @@ class Engine(Session):
             return Claim(row, lease, None, loaded)
         set_loaded(loaded, source.field, lease)
         return Claim(row, lease, loaded)
+
+    # Renewal
+
+    def renew(self, source: Source[Any], leases: dict[Any, set[Status]], clock: Clock) -> Renewal:
+        """Stamp the leases of tasks with the time of now, all in one statement.
+
+        Rows that somebody has locked are passed over, so that they cost the others nothing. No lease gets
+        a time below the one it had.
+
+        Args:
+            leases: by the primary key in the owner's table what stands in a row as long as its task is
+                ours: one status, or several after an answer of the database that was lost. After the
+                call it is what stands there then; if the call raises, with what may.
+        """
+        found = Renewal(set(), set(), set())
+        keys = iter(list(leases))
+        while part := list(islice(keys, MOST_KEYS)):
+            renew = partial(self._renew_together, source, {key: leases[key] for key in part}, clock)
+            for known, new in zip(found, self.patiently(renew, reconnect=True), strict=True):
+                known |= new
+        return found
+
+    def _renew_together(self, source: Source[Any], leases: dict[Any, set[Status]], clock: Clock) -> Renewal:
+        name, rows = source.field.name, source.owner_rows().filter(pk__in=list(leases))
+        with self.transaction():
+            stored = dict(self._locked(source, rows).values_list("pk", name))
+            held = {key: Status(status) for key, status in stored.items() if status in leases[key]}
+            stamp = Status.working(clock())
+            renewed = {key: max(status, Status(stamp + status.attempts)) for key, status in held.items()}
+            for key, status in renewed.items():
+                leases[key].add(status)  # before it is written: whether it was may remain unknown
+            self._stamp(rows.filter(pk__in=list(held), **{f"{name}__in": set(held.values())}), name, stamp)
+            others = rows.exclude(pk__in=list(held)) if len(held) < len(leases) else rows.none()
+            locked = {key for key, status in others.values_list("pk", name) if status in leases[key]}
+        for key, status in renewed.items():
+            leases[key].clear()
+            leases[key].add(status)
+        return Renewal(set(held), locked, leases.keys() - held.keys() - locked)
+
+    def _stamp(self, rows: models.QuerySet[Any], name: str, stamp: Status) -> None:
+        status = F(name)
+        attempts = status % Value(10, models.BigIntegerField())
+        renewed = Value(int(stamp), models.BigIntegerField()) + attempts
+        rows.update(**{name: Greatest(status, renewed, output_field=models.BigIntegerField())})
 
     # Recovery
 
@@ -308,12 +355,7 @@ class Engine(Session):
             with_error_field: lock the row of the error field too, where it is in another table.
         """
         keys = [row.key for row in candidates]
-        rows = source.owner_rows().filter(pk__in=keys)
-        features = self.connection.features
-        if features.has_select_for_update_skip_locked:
-            rows = self._skipping_locked(rows)
-        else:
-            self._lock_by_writing(source, rows)
+        rows = self._locked(source, source.owner_rows().filter(pk__in=keys))
         held = dict(rows.values_list("pk", source.field.name))
         free = [row for row in candidates if held.get(row.key) == row.status]
         return self._lock_errors(source, free) if with_error_field else free
@@ -327,6 +369,13 @@ class Engine(Session):
         rows = source.error_rows().filter(pk__in=keys.values())
         writable = set(self._skipping_locked(rows).values_list("pk", flat=True))
         return [row for row in candidates if keys.get(row.pk) in writable]
+
+    def _locked(self, source: Source[Any], rows: models.QuerySet[Any]) -> models.QuerySet[Any]:
+        """Return the rows of the owner's table that nobody else has locked; reading them locks them."""
+        if self.connection.features.has_select_for_update_skip_locked:
+            return self._skipping_locked(rows)
+        self._lock_by_writing(source, rows)
+        return rows
 
     def _skipping_locked(self, rows: models.QuerySet[Any]) -> models.QuerySet[Any]:
         # NO KEY where there is such a thing (PostgreSQL): inserts of child rows, whose foreign keys point

@@ -1,4 +1,4 @@
-"""What an engine gets and gives: rows that could be claimed, claims, and what becomes of expired ones."""
+"""What an engine gets and gives: rows that could be claimed, claims, renewals, verdicts on expired rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.db import models
 
 from modelqueue.status import Status, shifted
 
-__all__ = ["Candidate", "Claim", "Verdict", "lease_at"]
+__all__ = ["Candidate", "Claim", "Renewal", "Verdict", "lease_at"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -45,6 +45,16 @@ class Verdict(NamedTuple):
     status: Status
     #: The text for the error field.
     note: str
+
+
+class Renewal(NamedTuple):
+    """What a renewal has found, each task by its primary key in the owner's table."""
+
+    renewed: set[Any]
+    #: Still ours, but somebody has locked their rows: to be tried again soon.
+    locked: set[Any]
+    #: Under another status by now, or deleted.
+    lost: set[Any]
 
 
 def lease_at(moment: dt.datetime, attempts: int = 0) -> Status:

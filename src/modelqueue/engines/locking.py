@@ -9,12 +9,13 @@ and is tried again.)
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 from typing import Any, TypeVar
 
 from django.db import models
 
 from modelqueue.clock import Clock
-from modelqueue.engines.base import Engine, WayToClaim
+from modelqueue.engines.base import MOST_KEYS, Engine, WayToClaim
 from modelqueue.engines.claims import Candidate, Claim, lease_at
 from modelqueue.engines.statements import (
     Selection,
@@ -30,9 +31,6 @@ from modelqueue.status import Status
 __all__ = ["LockingEngine"]
 
 M = TypeVar("M", bound=models.Model)
-
-#: More than these need more parameters than SQLite takes in one statement.
-_MOST = 400
 
 
 class Overtaken(Exception):  # noqa: N818
@@ -61,8 +59,10 @@ class LockingEngine(Engine):
         with self.transaction():
             self.take_write_lock(source.field)
             moment = clock()  # after the wait for the lock, which is not the worker's time
-            rows = self._rows(select_tasks(source, moment, min(limit, _MOST)), self.lock)
-            self._set_leases(source, {row[key]: row[status] for row in rows}, lease_at(moment))
+            rows = self._rows(select_tasks(source, moment, limit), self.lock)
+            picked = iter([(row[key], row[status]) for row in rows])
+            while part := dict(islice(picked, MOST_KEYS)):
+                self._set_leases(source, part, lease_at(moment))
         claims = []
         for row in rows:
             candidate = Candidate(row[key], row[key], Status(row[status]))
@@ -77,8 +77,6 @@ class LockingEngine(Engine):
 
     def _set_leases(self, source: Source[Any], rows: dict[Any, int], lease: Status) -> None:
         """Compare and set all rows at once, or none: `rows` are the statuses by primary key."""
-        if not rows:
-            return
         quote = self.connection.ops.quote_name
         status, key = quote(str(source.field.column)), quote(str(source.model._meta.pk.column))
         statuses = set(rows.values())
