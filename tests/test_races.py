@@ -96,13 +96,20 @@ def test_eight_threads_run_each_task_once(using):
 def test_eight_coroutines_run_each_task_once():
     fill("default", TASKS)
 
-    async def work():
-        run = sync_to_async(modelqueue.run)
-        while await run(Task.objects.all(), "status", write_down):
+    async def write_down_async(task):
+        await sync_to_async(write_down)(task)
+
+    async def work(run, action, **options):
+        while await run(Task.objects.all(), "status", action, **options):
             pass
 
     async def main():
-        await asyncio.gather(*(work() for _ in range(WORKERS)))
+        await asyncio.gather(
+            *(work(sync_to_async(modelqueue.run), write_down) for _ in range(WORKERS // 4)),
+            *(work(modelqueue.arun, write_down_async) for _ in range(WORKERS // 4)),
+            *(work(modelqueue.arun, write_down) for _ in range(WORKERS // 4)),
+            *(work(modelqueue.arun, write_down, atomic=True) for _ in range(WORKERS // 4)),
+        )
 
     async_to_sync(main)()
     assert_each_ran_once("default", TASKS)

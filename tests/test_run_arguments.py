@@ -143,7 +143,7 @@ class AsyncCallable:
     ids=range(7),
 )
 def test_async_action_is_refused_before_a_claim(action):
-    with pytest.raises(TypeError, match=r"run\(\) can not await the action .*async_to_sync"):
+    with pytest.raises(TypeError, match=r"run\(\) can not await the action .*arun\(\).*async_to_sync"):
         run(Task.objects, "status", action)
 
 

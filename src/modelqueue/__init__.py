@@ -38,7 +38,7 @@ What is here:
 
 * the number: `State`, `Status`, `now`, `datetime_to_int`, `ONE_HOUR`, `ZERO_SECS`;
 * the model fields: `StatusField`, `ErrorField`;
-* running tasks: `run`, `enqueue`; `Retry`, `Abort`, `Cancel` for an action to raise; `backoff`;
+* running tasks: `run`, `arun`, `enqueue`; `Retry`, `Abort`, `Cancel` for an action to raise; `backoff`;
 * watching: the signals `task_claimed`, `task_finished`, `task_recovered`, `lease_lost`; the logger
   ``modelqueue``;
 * for your own admin: `admin_actions`, `admin_list_filter`.
@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 from modelqueue import backoff
 from modelqueue import log as log  # connects its receivers
 from modelqueue.exceptions import Abort, Cancel, Retry
-from modelqueue.execution import run
+from modelqueue.execution import arun, run
 from modelqueue.fields import ErrorField, StatusField
 from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, now
@@ -75,6 +75,7 @@ __all__ = [
     "StatusField",
     "admin_actions",
     "admin_list_filter",
+    "arun",
     "backoff",
     "datetime_to_int",
     "enqueue",

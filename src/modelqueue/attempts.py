@@ -10,6 +10,7 @@ puts them in order, and makes two promises:
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import functools
 import inspect
@@ -32,10 +33,12 @@ from modelqueue.fields import is_saved, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
+from modelqueue.threads import Kept, await_with_own_thread, call_in_own_thread, in_thread
 
-__all__ = ["AtomicAttempt", "Attempt"]
+__all__ = ["AsyncAttempt", "AtomicAttempt", "Attempt"]
 
 M = TypeVar("M", bound=models.Model)
+T = TypeVar("T")
 
 logger = logging.getLogger("modelqueue")
 
@@ -77,13 +80,17 @@ class Attempt(Generic[M]):
         """Call the action; return what it raised, or None."""
         try:
             self.begin(task)
-            if self.engine.is_inside_transaction():
-                return self.call_in_savepoint(action, task)
-            return self.restore_connection(_call(action, task))
+            return self.call(action, task)
         except BaseException as error:  # Ctrl-C between the steps, for example
             return error
         finally:
             self.close()
+
+    def call(self, action: Callable[[M], object], task: M) -> BaseException | None:
+        """Call the action, and leave its connection fit for use; return what it raised, or None."""
+        if self.engine.is_inside_transaction():
+            return self.call_in_savepoint(action, task)
+        return self.restore_connection(_call(action, task))
 
     def close(self) -> None:
         """Do not watch the task any more."""
@@ -302,6 +309,80 @@ class Attempt(Generic[M]):
             task=self.task,
             **arguments,
         )
+
+
+class AsyncAttempt(Attempt[M]):
+    """An attempt from asynchronous code: an event loop leads, and the steps are done in threads.
+
+    The thread of the caller's connections claims and records, and makes this object; it has little to do for
+    each task. The action goes on apart from it, so that no action waits for another. Inside a transaction of
+    the caller it stays there: in any other thread it could see nothing of that.
+    """
+
+    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
+        super().__init__(source, policy, claim)
+        self.is_outer = self.engine.is_inside_transaction()
+        #: Why the action is not to be called.
+        self.error: BaseException | None = claim.error
+
+    def start(self) -> AsyncAttempt[M]:
+        """Take the step before the action; return the attempt."""
+        if self.task is not None:
+            try:
+                self.begin(self.task)
+            except BaseException as error:
+                self.error = error
+        return self
+
+    async def arun(
+        self, action: Callable[[M], object], is_async: bool, canceled: asyncio.CancelledError | None
+    ) -> M | None:
+        """Take the other steps; return the task, or raise what its attempt ended with."""
+        error = canceled or self.error
+        if error is None and self.task is not None:
+            act = self.await_action if is_async else self.call_action
+            error, canceled = await act(action, self.task)
+        outcome, late = await in_thread(self.settle, error)
+        stop = outcome.raised or canceled or late
+        if stop is not None:
+            raise stop
+        return self.task
+
+    async def await_action(self, action: Callable[[M], Any], task: M) -> Kept[BaseException | None]:
+        """Await an async action; return what it raised, or None."""
+
+        async def act() -> BaseException | None:
+            try:
+                await action(task)
+            except GeneratorExit:  # nobody will resume this coroutine: nobody could record an outcome
+                raise
+            except BaseException as error:
+                return error
+            return None
+
+        return (await act(), None) if self.is_outer else await await_with_own_thread(act())
+
+    async def call_action(self, action: Callable[[M], object], task: M) -> Kept[BaseException | None]:
+        """Call a synchronous action; return what it raised, or None."""
+
+        def act() -> BaseException | None:
+            self.engine = engine_for(self.source.using)  # that of this thread
+            return self.call(action, task)
+
+        return await self.in_thread_of_action(act)
+
+    async def in_thread_of_action(self, function: Callable[[], T]) -> Kept[T]:
+        return await (in_thread if self.is_outer else call_in_own_thread)(function)
+
+    def settle(self, error: BaseException | None) -> Outcome:
+        """Take the steps after the action."""
+        self.engine = engine_for(self.source.using)
+        self.close()
+        if not self.is_outer:
+            error = self.restore_connection(error)
+        outcome = self.record(self.decide(error))
+        self.let_its_time_come(outcome)
+        return outcome
 
 
 class AtomicAttempt(Attempt[M]):

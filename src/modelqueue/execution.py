@@ -1,4 +1,4 @@
-"""Running the next task of a queue: `run`.
+"""Running the next task of a queue: `run`, and `arun` from asynchronous code.
 
 It recovers what dead workers have left, claims a task, and gives it to an attempt
 (`modelqueue.attempts`).
@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 from django.db import models
 
 from modelqueue import verbs
-from modelqueue.attempts import AtomicAttempt, Attempt
+from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
 from modelqueue.engines import Claim
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS
+from modelqueue.threads import in_thread
 
-__all__ = ["run"]
+__all__ = ["arun", "run"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -79,9 +80,12 @@ def run(
     """
     source = Source.of(queryset, field, error_field)
     policy = Policy.of(retry, timeout, delay)
-    _check_action(action)
-    if not isinstance(atomic, bool):
-        raise TypeError(f"atomic is True or False, not {atomic!r}.")
+    if _is_async(action):
+        raise TypeError(
+            f"run() can not await the action {action!r}, which is an async function. "
+            "Use arun(), or wrap it: asgiref.sync.async_to_sync(action)."
+        )
+    _check_atomic(atomic)
     claim = _next_claim(source, policy)
     if claim is None:
         return None
@@ -89,21 +93,94 @@ def run(
     return attempt.run(action)
 
 
-def _check_action(action: object) -> None:
+async def arun(
+    queryset: models.QuerySet[M] | models.Manager[M],
+    field: str,
+    action: Callable[[M], object],
+    retry: int | None = 3,
+    timeout: dt.timedelta = ONE_HOUR,
+    delay: Delay = ZERO_SECS,
+    *,
+    error_field: str | None = None,
+    atomic: bool = False,
+) -> M | None:
+    """Run the next due task as `run` does, from asynchronous code.
+
+    The event loop goes on while the database works. Each action has a thread and a connection of its own for
+    its synchronous parts, its queries for example, as soon as it needs them; so any number of these
+    coroutines run side by side. Inside a transaction of the caller the action stays in the caller's thread.
+
+    Canceling the coroutine cancels an ``async def`` action, and the task is given back uncharged: it waits
+    as it did before the claim. A synchronous action can not be canceled; it is waited for, its outcome is
+    recorded, and then `asyncio.CancelledError` is raised.
+
+    Args:
+        queryset, field, retry, timeout, delay, error_field: as for `run`.
+        action: an ``async def`` function, which is awaited, or a synchronous one, which is called in a
+            thread.
+        atomic: as for `run`, and for synchronous actions alone: a transaction belongs to a thread.
+
+    Returns:
+        The task, with the status that was recorded, or None when nothing is due.
+
+    Raises:
+        asyncio.CancelledError: this, or the action, was canceled.
+        Exception: as for `run`.
+    """
+    source = Source.of(queryset, field, error_field)
+    policy = Policy.of(retry, timeout, delay)
+    is_async = _is_async(action)
+    _check_atomic(atomic)
+    if atomic and is_async:
+        raise TypeError(
+            f"atomic=True is not for the action {action!r}, which is an async function: "
+            "a transaction belongs to one thread. Give a synchronous function."
+        )
+    attempt, canceled = await in_thread(_next_attempt, source, policy, atomic)
+    if attempt is None:
+        if canceled is not None:
+            raise canceled
+        return None
+    if not atomic or canceled is not None:
+        return await attempt.arun(action, is_async, canceled)
+    run_it = functools.partial(_run_atomic, source, policy, attempt.claim, action)
+    task, canceled = await attempt.in_thread_of_action(run_it)
+    if canceled is not None:
+        raise canceled
+    return task
+
+
+def _next_attempt(source: Source[M], policy: Policy, atomic: bool) -> AsyncAttempt[M] | None:
+    claim = _next_claim(source, policy)
+    if claim is None:
+        return None
+    attempt = AsyncAttempt(source, policy, claim)
+    return attempt if atomic else attempt.start()
+
+
+def _run_atomic(
+    source: Source[M], policy: Policy, claim: Claim[M], action: Callable[[M], object]
+) -> M | None:
+    return AtomicAttempt(source, policy, claim).run(action)
+
+
+def _is_async(action: object) -> bool:
+    """Say whether an action is to be awaited; raise if it can not be an action at all."""
     if not callable(action):
         raise TypeError(f"The action is a callable that gets the task, not {action!r}.")
     function = action.func if isinstance(action, functools.partial) else action
-    for called in (function, type(function).__call__):
-        if inspect.iscoroutinefunction(called):
-            raise TypeError(
-                f"run() can not await the action {action!r}, which is an async function. "
-                "Wrap it: asgiref.sync.async_to_sync(action)."
-            )
-        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-            raise TypeError(
-                f"The action {action!r} is a generator function: calling it runs nothing of it. "
-                "Give a function without yield."
-            )
+    called = (function, type(function).__call__)
+    if any(inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one) for one in called):
+        raise TypeError(
+            f"The action {action!r} is a generator function: calling it runs nothing of it. "
+            "Give a function without yield."
+        )
+    return any(inspect.iscoroutinefunction(one) for one in called)
+
+
+def _check_atomic(atomic: object) -> None:
+    if not isinstance(atomic, bool):
+        raise TypeError(f"atomic is True or False, not {atomic!r}.")
 
 
 def _next_claim(source: Source[M], policy: Policy) -> Claim[M] | None:

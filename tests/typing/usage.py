@@ -40,6 +40,17 @@ modelqueue.run(Task.objects.all(), "status", make_thumbnail, 3, modelqueue.ONE_H
 modelqueue.run(Task.objects.all(), "status", len)  # type: ignore[arg-type]
 modelqueue.run(Task.objects.all(), "status", make_thumbnail, timeout=3600)  # type: ignore[arg-type]
 
+
+async def make_thumbnail_async(task: Task) -> None:
+    make_thumbnail(task)
+
+
+async def use_arun() -> None:
+    assert_type(await modelqueue.arun(Task.objects.all(), "status", make_thumbnail_async), Task | None)
+    assert_type(await modelqueue.arun(Task.objects, "status", make_thumbnail, atomic=True), Task | None)
+    await modelqueue.arun(Task.objects.all(), "status", len)  # type: ignore[arg-type]
+
+
 assert_type(modelqueue.enqueue(Task.objects.all(), "status"), int)
 assert_type(modelqueue.enqueue(Task(), "status", at=modelqueue.now() + modelqueue.ONE_HOUR), int)
 assert_type(modelqueue.enqueue(Task(), "status", priority=5), int)

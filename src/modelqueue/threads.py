@@ -1,0 +1,108 @@
+"""Synchronous work for asynchronous callers: in a thread, to its end, and with connections of its own.
+
+Django's connections belong to threads. `sync_to_async` gives all coroutines of a loop the same thread, so
+their work on the database is done one after the other, unless a coroutine has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
+from django.db import connections
+
+__all__ = ["Kept", "await_with_own_thread", "call_in_own_thread", "in_thread"]
+
+T = TypeVar("T")
+#: What came of it, and the cancellation that arrived meanwhile, which the caller is to raise.
+Kept = tuple[T, "asyncio.CancelledError | None"]
+
+#: Else the context does nothing below `async_to_sync` and within another one.
+_CONTEXT_TAKES_EXECUTOR = "executor" in inspect.signature(ThreadSensitiveContext).parameters  # asgiref 3.13
+
+
+async def in_thread(
+    function: Callable[..., T], *arguments: Any, executor: ThreadPoolExecutor | None = None
+) -> Kept[T]:
+    """Call a function in a thread, by default that of this coroutine's connections, and wait for its end.
+
+    A thread can not be canceled, and who leaves it alone does not learn what it did. So the function is
+    called also if this is canceled, and the cancellation is kept until it has ended.
+
+    Args:
+        executor: one of a single thread.
+
+    Raises:
+        BaseException: what the function raised.
+    """
+    result: Future[T] = Future()
+    turn = threading.Lock()
+
+    def work() -> None:
+        if not turn.acquire(blocking=False):
+            return
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    canceled: asyncio.CancelledError | None = None
+    while not result.done():
+        try:
+            # Once more after a cancellation: that of a call which had not begun, or one that comes after it
+            # in the same thread and finds that there is nothing left to do.
+            await sync_to_async(work, thread_sensitive=executor is None, executor=executor)()
+        except asyncio.CancelledError as error:
+            canceled = error
+    return result.result(), canceled
+
+
+async def call_in_own_thread(function: Callable[..., T], *arguments: Any) -> Kept[T]:
+    """Call a function as `in_thread` does, in a thread of its own; its connections are closed at the end."""
+
+    def work() -> T:
+        try:
+            return function(*arguments)
+        finally:
+            _close_connections()
+
+    executor = ThreadPoolExecutor(1)
+    try:
+        return await in_thread(work, executor=executor)
+    finally:
+        executor.shutdown(wait=False)
+
+
+async def await_with_own_thread(work: Awaitable[T]) -> Kept[T]:
+    """Await work whose synchronous parts get a thread of their own, whose connections are closed at the end.
+
+    The thread is made when it is needed. With asgiref before 3.13 they stay in the caller's thread below
+    `async_to_sync` and in the context of a request.
+    """
+    used: list[bool] = []
+    executor = ThreadPoolExecutor(1, initializer=used.append, initargs=(True,))
+    options: dict[str, Any] = {"executor": executor} if _CONTEXT_TAKES_EXECUTOR else {}
+    canceled: asyncio.CancelledError | None = None
+    try:
+        async with ThreadSensitiveContext(**options) as context:
+            SyncToAsync.context_to_thread_executor[context] = executor
+            try:
+                result = await work
+            finally:
+                if used:
+                    _, canceled = await in_thread(_close_connections, executor=executor)
+    finally:
+        executor.shutdown(wait=False)
+    return result, canceled
+
+
+def _close_connections() -> None:
+    for connection in connections.all(initialized_only=True):
+        with suppress(Exception):  # of one that is dead
+            connection.close()
