@@ -250,9 +250,9 @@ def check_claims(names: dict[str, Any]) -> None:
         upload.objects.all().delete()
         upload.objects.create(pk=7, name="a", status=Status.combine(state, 5, 0))
         way = "portable" if heading == "The portable way" else "auto"
-        with override_settings(MODELQUEUE={"ENGINE": way, "PREPARED_STATEMENTS": False}):
-            with CaptureQueriesContext(connection) as queries:
-                work()
+        options = {"ENGINE": way, "PREPARED_STATEMENTS": False}
+        with override_settings(MODELQUEUE=options), CaptureQueriesContext(connection) as queries:
+            work()
         sent = "; ".join(as_shown(query["sql"]) for query in queries.captured_queries)
         assert re.search(statements[heading].pop(0), sent), sent
 
@@ -469,6 +469,12 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), f"{name_of(page)} links to {target}"
         if fragment:
             assert fragment in anchors(linked), f"{name_of(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", pages.pages(), ids=name_of)
+def test_files_of_the_tests_that_a_page_names_exist(page):
+    named = set(re.findall(r"\btests/[\w/]+\.py\b", page.read_text()))
+    assert named == {name for name in named if (pages.ROOT / name).exists()}
 
 
 def test_every_page_is_in_the_contents():
