@@ -15,14 +15,16 @@ import types
 import unittest
 from typing import Any, get_args
 
+import django
 import pytest
 from django.core.files.base import ContentFile
 from django.db import connection, models
-from django.test.utils import isolate_apps
+from django.test.utils import CaptureQueriesContext, isolate_apps, override_settings
 
 import modelqueue
-from modelqueue import State, Status, backoff, conf
-from modelqueue.outcomes import Ending
+from modelqueue import State, Status, backoff, conf, verbs
+from modelqueue.outcomes import Ending, Policy
+from modelqueue.source import Source
 from tests import pages
 from tests.testapp.models import Task
 
@@ -211,8 +213,70 @@ def check_testing(names: dict[str, Any]) -> None:
     assert result.wasSuccessful(), result.errors + result.failures
 
 
+def check_claims(names: dict[str, Any]) -> None:
+    """The SQL on the page is what is sent."""
+    if django.VERSION[:2] != (5, 2):  # others name and order the same columns in other words
+        return
+    upload = names["Upload"]
+    source = Source.of(upload.objects, "status")
+
+    def hold() -> None:
+        modelqueue.run(upload.objects, "status", lambda upload: None, atomic=True)
+
+    def claimed(fields: tuple[str, ...] = ()) -> list[Any]:
+        return verbs.claim(Source.of(upload.objects.only(*fields) if fields else upload.objects, "status"))
+
+    def renew() -> None:
+        verbs.renew(source, {7: {upload.objects.get().status}})
+
+    def recover() -> None:
+        verbs.recover(source, Policy(timeout=modelqueue.ZERO_SECS))
+
+    shown = {
+        "sqlite": [("SQLite", "waiting", claimed)],
+        "mysql": [("MariaDB and MySQL", "waiting", claimed)],
+        "postgresql": [
+            ("PostgreSQL", "waiting", claimed),
+            ("PostgreSQL", "waiting", lambda: claimed(("name",))),
+            ("The portable way", "waiting", claimed),
+            ("The outcome", "waiting", lambda: modelqueue.run(upload.objects, "status", lambda upload: None)),
+            ("The outcome", "waiting", hold),
+            ("Recovery", "working", recover),
+            ("Renewal", "working", renew),
+        ],
+    }
+    statements = sql_by_heading(pages.DOCS / "explanation/claims.md")
+    for heading, state, work in shown[connection.vendor]:
+        upload.objects.all().delete()
+        upload.objects.create(pk=7, name="a", status=Status.combine(state, 5, 0))
+        way = "portable" if heading == "The portable way" else "auto"
+        options = {"ENGINE": way, "PREPARED_STATEMENTS": False}
+        with override_settings(MODELQUEUE=options), CaptureQueriesContext(connection) as queries:
+            work()
+        sent = "; ".join(as_shown(query["sql"]) for query in queries.captured_queries)
+        assert re.search(statements[heading].pop(0), sent), sent
+
+
+def sql_by_heading(page: Any) -> dict[str, list[str]]:
+    """Return each block of SQL, by the heading above it, as a pattern in which ``...`` is anything."""
+    found: dict[str, list[str]] = {}
+    for section in page.read_text().split("\n## ")[1:]:
+        found[section.splitlines()[0]] = [
+            re.escape(as_shown(text)).replace(r"\.\.\.", ".*")
+            for text in re.findall(r"^```sql\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+        ]
+    return found
+
+
+def as_shown(sql: str) -> str:
+    """Leave out what differs from time to time, and white space."""
+    sql = re.sub(r"\b\d{19}\b", "N", sql.replace("testapp_upload", "uploads_upload"))
+    return re.sub(r"(?<=\() | (?=\))", "", " ".join(sql.split()))
+
+
 CHECKS = {
     "README.md": check_readme,
+    "docs/explanation/claims.md": check_claims,
     "docs/howto/production.md": check_production,
     "docs/howto/testing.md": check_testing,
 }
@@ -405,6 +469,12 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), f"{name_of(page)} links to {target}"
         if fragment:
             assert fragment in anchors(linked), f"{name_of(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", pages.pages(), ids=name_of)
+def test_files_of_the_tests_that_a_page_names_exist(page):
+    named = set(re.findall(r"\btests/[\w/]+\.py\b", page.read_text()))
+    assert named == {name for name in named if (pages.ROOT / name).exists()}
 
 
 def test_every_page_is_in_the_contents():
