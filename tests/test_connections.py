@@ -813,3 +813,46 @@ def test_portable_engine_recovers_no_row_that_another_was_faster_to_recover(monk
     monkeypatch.setattr(base.Engine, "_lock", lock_and_lose)
     assert verbs.recover(Source.of(Task.objects, "status"), Policy()) == 2
     assert stored(tasks[1]) == Status.waiting(7, 1)
+
+
+# A lock that somebody holds for too long
+
+
+SHORT_WAIT = {
+    "sqlite": "PRAGMA busy_timeout = 50",
+    "postgresql": "SET lock_timeout = '50ms'",
+    "mysql": "SET SESSION innodb_lock_wait_timeout = 1",
+}
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["status only", "changes"])
+def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_session, vendor, monkeypatch):
+    """Who is in the way is not the fault of the task. It is taken back when its lease runs out."""
+    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
+    paper = Paper.objects.create()
+
+    def act(paper):
+        if change:
+            paper.title = "changed"
+        with connection.cursor() as cursor:
+            cursor.execute(SHORT_WAIT[vendor])
+        other_session.set_autocommit(False)
+        with other_session.cursor() as cursor:
+            cursor.execute("UPDATE testapp_paper SET pages = 5")
+
+    without_changes = Attempt.without_changes
+
+    def free_and_fail(*arguments):
+        other_session.rollback()
+        return without_changes(*arguments)
+
+    monkeypatch.setattr(Attempt, "without_changes", free_and_fail)
+    try:
+        with heard() as events, pytest.raises(OperationalError):
+            run(Paper.objects, "status", act, retry=0)
+    finally:
+        other_session.rollback()
+        other_session.set_autocommit(True)
+        connection.close()
+    assert (stored(paper).state, row(paper).title) == (State.working, "")
+    assert [name for name, _ in events] == ["task_claimed"]

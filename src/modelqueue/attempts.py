@@ -157,8 +157,10 @@ class Attempt(Generic[M]):
         try:
             return outcome, self.write(outcome, self.snapshot)
         except BaseException as error:
-            is_hopeless = self.engine.is_inside_transaction() and self.engine.is_to_be_tried_again(error)
-            if self.snapshot is None or is_hopeless:
+            # The connection, or a lock that somebody has held for too long, is no fault of the changes: the
+            # attempt did not fail.
+            is_elsewhere = isinstance(error, Exception) and self.engine.is_of_the_database_itself(error)
+            if self.snapshot is None or is_elsewhere:
                 raise
             outcome = self.without_changes(outcome, error)
             return outcome, self.write(outcome, None)

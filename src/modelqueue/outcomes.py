@@ -1,6 +1,6 @@
 """What becomes of a task: pure decisions, from how its attempt ended to the status to record.
 
-No database and no clock of its own; what is decided here is written by `modelqueue.execution` (an
+No database and no clock of its own; what is decided here is written by `modelqueue.attempts` (an
 attempt) and `modelqueue.verbs` (a recovery). The table of all outcomes stands in the documentation,
 "The outcomes of an attempt".
 """

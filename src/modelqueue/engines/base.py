@@ -188,7 +188,8 @@ class Engine(Session):
             renewed = {key: max(status, Status(stamp + status.attempts)) for key, status in held.items()}
             for key, status in renewed.items():
                 leases[key].add(status)  # before it is written: whether it was may remain unknown
-            self._stamp(rows.filter(pk__in=list(held), **{f"{name}__in": set(held.values())}), name, stamp)
+            ours = source.owner_rows().filter(pk__in=list(held), **{f"{name}__in": set(held.values())})
+            self._stamp(ours, name, stamp)
             others = rows.exclude(pk__in=list(held)) if len(held) < len(leases) else rows.none()
             locked = {key for key, status in others.values_list("pk", name) if status in leases[key]}
         for key, status in renewed.items():

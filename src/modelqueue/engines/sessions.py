@@ -52,9 +52,6 @@ class Session:
         """Say whether the database asks to try the same transaction again. The portable engine knows none."""
         return False
 
-    def is_to_be_tried_again(self, error: BaseException) -> bool:
-        return isinstance(error, Error) and self.is_try_again(error)
-
     def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
         """Do work in a transaction of its own, again while the database says "try again".
 
