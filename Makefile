@@ -2,6 +2,7 @@
 # venv), git and make; the second call finds it there.
 
 DB ?=
+ENGINE ?= auto
 ARGS ?=
 PYTHON ?= python3
 
@@ -26,8 +27,8 @@ demo: $(VENV)/.test ## watch workers drain a queue of real files (DB=sqlite or D
 demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin
 	$(PY) examples/demo.py admin $(if $(DB),--db $(DB))
 
-test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ARGS="-k word")
-	$(PY) -m tests.suite --db $(or $(DB),all) $(ARGS)
+test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ENGINE=portable, ARGS="-k word")
+	$(PY) -m tests.suite --db $(or $(DB),all) --engine $(ENGINE) $(ARGS)
 
 lint: $(VENV)/.lint ## check style, formatting and the direction of imports
 	$(BIN)/ruff check .

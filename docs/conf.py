@@ -44,7 +44,7 @@ python_use_unqualified_type_names = True
 default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    ("py:.*", r"(admin|collections|datetime|django|dt|enum|forms|models|types|typing)\..*"),
+    ("py:.*", r"(admin|asyncio|collections|datetime|django|dt|enum|forms|models|types|typing)\..*"),
     ("py:class", r"Any|Callable|Combinable|Manager|Model|ModelAdmin|QuerySet|Signal"),
     ("py:class", r"(.*\.)?(M|_ST|_GT|Action)"),  # type variables and aliases of the code
 ]

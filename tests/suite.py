@@ -2,6 +2,7 @@
 
     python -m tests.suite                          all of them
     python -m tests.suite --db sqlite -k status    one; what follows goes to pytest
+    python -m tests.suite --engine portable        with the way to claim that works on every database
 
 A server is started once for the whole run, not by each worker of pytest. A database that can not be had here
 is called "not run" at the end, and is an error only where it was asked for by name.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import django
 
+from modelqueue import conf
 from tests import servers
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,7 @@ COVERAGE = ROOT / "build" / "coverage"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.suite", description="Run the test suite.")
     parser.add_argument("--db", action="append", metavar="NAME", help=f"{', '.join(servers.ALL)}; or: all")
+    parser.add_argument("--engine", choices=conf.SETTINGS["ENGINE"].choices, default="auto")
     options, arguments = parser.parse_known_args()
     asked = options.db or ["all"]
     names = servers.ALL if "all" in asked else tuple(asked)
@@ -42,15 +45,15 @@ def main() -> int:
         started = time.monotonic()
         try:
             with servers.start(name) as server:
-                code = run(name, server, arguments)
+                code = run(name, server, options.engine, arguments)
         except servers.Unavailable as reason:
             results[name] = f"not run: {reason}"
             failed |= "all" not in asked
         else:
             results[name] = f"{'FAILED' if code else 'passed'} in {time.monotonic() - started:.0f} s"
             failed |= bool(code)
-    versions = f"Python {sys.version_info.major}.{sys.version_info.minor}, Django {django.__version__}"
-    print(f"\n{versions}")
+    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    print(f"\n{python}, Django {django.__version__}, engine {options.engine}")
     for name, result in results.items():
         print(f"  {name:<11} {result}")
     return int(failed)
@@ -63,11 +66,12 @@ def stop(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
+def run(name: str, server: dict[str, object], engine: str, arguments: list[str]) -> int:
     """Run pytest on a started server, under coverage."""
     print(f"\n=== {name} ===", flush=True)
     cell = (
-        f"py{'.'.join(map(str, sys.version_info[:2]))}-django{'.'.join(map(str, django.VERSION[:2]))}-{name}"
+        f"py{'.'.join(map(str, sys.version_info[:2]))}-django{'.'.join(map(str, django.VERSION[:2]))}"
+        f"-{name}-{engine}"
     )
     COVERAGE.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE.glob(f"data.{cell}.*"):
@@ -79,6 +83,7 @@ def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
         | {
             "COVERAGE_FILE": str(COVERAGE / f"data.{cell}"),
             "MODELQUEUE_TEST_DATABASES": json.dumps(servers.databases(server)),
+            "MODELQUEUE_TEST_ENGINE": engine,
         },
     )
     try:

@@ -107,6 +107,18 @@ def test_claim_of_many_step_by_step_adds_one_statement_for_each(vendor, settings
     assert len(statements) == len(CLAIM["portable"][vendor]) + 9
 
 
+@pytest.mark.vendor("postgresql")
+@pytest.mark.parametrize("rows", [Task.objects, Task.objects.only("status")], ids=["plain", "loaded"])
+def test_claim_on_a_table_that_was_filled_since_its_statistics_takes_as_many_as_it_is_to(rows):
+    """The planner believes that there is one row, and would look for the rows to claim once for each."""
+    fill(Task, "status", [Status.waiting()])
+    Task.objects.bulk_create([Task() for _ in range(150)])
+    claims = verbs.claim(Source.of(rows, "status"), 10)
+    assert len(claims) == Task.objects.filter(status__state="working").count() == 10
+    Task.objects.all().delete()
+    analyze(Task)
+
+
 # Which index
 
 
