@@ -35,6 +35,18 @@ def arun_once(rows, action, **options):
     return async_to_sync(arun)(rows, "status", action, **options)
 
 
+def on_a_loop(coroutine):
+    """Run it as an asynchronous program does, with no synchronous caller above whose thread has a say."""
+
+    async def main():
+        try:
+            return await coroutine
+        finally:
+            await sync_to_async(connections.close_all)()
+
+    return asyncio.run(main())
+
+
 @pytest.fixture(autouse=True)
 def _no_connection_stays_open():
     """Each thread closes the connection that it has opened."""
@@ -171,7 +183,7 @@ def test_transaction_that_the_action_left_open_is_rolled_back(kind):
         write_down(task)
 
     if kind is awaited:
-        arun_once(Task.objects, kind(begin_and_write))
+        on_a_loop(arun(Task.objects, "status", kind(begin_and_write)))
         assert stored(task).state == State.finished
     else:
         with pytest.raises(transaction.TransactionManagementError):
@@ -216,7 +228,7 @@ def test_every_kind_of_async_action_is_awaited(action):
 # Side by side
 
 
-def run_ten_that_meet(kind, **options):
+def run_ten_that_meet(kind, run_main=on_a_loop, **options):
     """Ten actions that end only when all of them are inside their synchronous part at once."""
     Task.objects.bulk_create([Task() for _ in range(10)])
     all_there = threading.Barrier(10)
@@ -227,13 +239,20 @@ def run_ten_that_meet(kind, **options):
     async def main():
         return await asyncio.gather(*(arun(Task.objects, "status", kind(meet), **options) for _ in range(10)))
 
-    assert len({task.pk for task in async_to_sync(main)()}) == 10
+    assert len({task.pk for task in run_main(main())}) == 10
     assert Task.objects.filter(status__state="finished").count() == 10
 
 
 @either
 def test_actions_do_not_wait_for_one_another(kind):
     run_ten_that_meet(kind)
+
+
+@pytest.mark.skipif(
+    not threads._CONTEXT_TAKES_EXECUTOR, reason="asgiref before 3.13 lacks contexts with executors"
+)
+def test_async_actions_do_not_wait_for_one_another_below_a_synchronous_caller():
+    run_ten_that_meet(awaited, run_main=lambda coroutine: async_to_sync(lambda: coroutine)())
 
 
 @pytest.mark.db_feature("has_select_for_update")  # else an atomic action locks the database
