@@ -248,11 +248,12 @@ def test_actions_do_not_wait_for_one_another(kind):
     run_ten_that_meet(kind)
 
 
-@pytest.mark.skipif(
-    not threads._CONTEXT_TAKES_EXECUTOR, reason="asgiref before 3.13 lacks contexts with executors"
-)
+@pytest.mark.skipif(not threads._CONTEXT_TAKES_EXECUTOR, reason="asgiref lacks contexts with an executor")
 def test_async_actions_do_not_wait_for_one_another_below_a_synchronous_caller():
-    run_ten_that_meet(awaited, run_main=lambda coroutine: async_to_sync(lambda: coroutine)())
+    async def wait_for(coroutine):
+        return await coroutine
+
+    run_ten_that_meet(awaited, run_main=async_to_sync(wait_for))
 
 
 @pytest.mark.db_feature("has_select_for_update")  # else an atomic action locks the database
