@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ def kill(connection: object = None) -> None:
 
 
 def cut(connection: BaseDatabaseWrapper) -> None:
-    """Shut down the client's socket, as a firewall or a pulled cable does: both sides find out on their own."""
+    """Shut down the client's socket, as a firewall may: both sides find out on their own."""
     _shut(connection, socket.SHUT_RDWR)
 
 
@@ -63,12 +64,15 @@ def end_session(victim: Any, other: Any = None) -> None:
         end, find = f"KILL {number}", "information_schema.processlist WHERE id"
     with other.cursor() as cursor:
         cursor.execute(end)
-        wait_until(lambda: cursor.execute(f"SELECT 1 FROM {find} = {number}") is None or not cursor.fetchone())
+        wait_until(
+            lambda: cursor.execute(f"SELECT 1 FROM {find} = {number}") is None or not cursor.fetchone()
+        )
 
 
 def losing_the_answer(harm: Callable[[BaseDatabaseWrapper], object]) -> Callable[[BaseDatabaseWrapper], None]:
     """Return the harm, followed by the error of the driver: for a point at which the answer has been read."""
 
+    @functools.wraps(harm)
     def harm_and_ask(connection: Any) -> None:
         harm(connection)
         with connection.wrap_database_errors:

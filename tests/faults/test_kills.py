@@ -1,19 +1,14 @@
 """Workers that are killed at each fault point: nothing is lost, owned twice, or charged wrongly."""
 
-import datetime as dt
-
 import pytest
-from django.apps import apps
 
-from modelqueue import State, Status, clock, conf, run, verbs
-from modelqueue.source import Source
-from modelqueue.status import ONE_HOUR
+from modelqueue import State
 from tests.actions import stored
 from tests.faults.harm import KILLED
-from tests.faults.points import fault
+from tests.faults.tables import lines, skip_where_there_is_none
 from tests.faults.trace import Trace
-from tests.processes import wait_until
-from tests.testapp.models import Ledger
+from tests.faults.workers import drain, make_tasks, work_until_killed
+from tests.testapp.models import Ledger, StampedPaper
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -52,69 +47,15 @@ POINTS_OF_ATOMIC = {
 }
 
 
-def cells():
-    for is_atomic, points in ((False, POINTS), (True, POINTS_OF_ATOMIC)):
-        for (step, moment), expected in points.items():
-            # The outcome of the first is one UPDATE, that of the second is written by save().
-            for model in ("Task", "StampedPaper"):
-                if model == "StampedPaper" and step not in ("hold", "action", "outcome"):
-                    continue
-                if (model, is_atomic, step, moment) == ("Task", False, "outcome", "before the commit"):
-                    continue  # an UPDATE in autocommit has no such moment
-                name = f"{'atomic ' * is_atomic}{model}, {step}, {moment}"
-                yield pytest.param(model, is_atomic, step, moment, *expected, id=name)
-
-
-def later():
-    """A time at which the lease of whoever is dead has run out."""
-    return dt.datetime.now(dt.timezone.utc) + 2 * ONE_HOUR
-
-
-def run_next(model, is_atomic, action):
-    return run(model.objects, "status", action, timeout=ONE_HOUR, atomic=is_atomic)
-
-
-def drain(model, is_atomic, trace):
-    """Work as the others do after the death of one, until all is done.
-
-    The server may need a moment to find out that the dead one will not end its transaction.
-    """
-
-    def is_done():
-        is_idle = run_next(model, is_atomic, trace.action()) is None
-        return is_idle and not model.objects.exclude(status__state="finished").exists()
-
-    with clock.use(later), trace.listening():
-        wait_until(is_done)
-
-
-def work_until_killed(model, is_atomic, step, moment, path):
-    model, trace = apps.get_model("testapp", model), Trace(path)
-    with trace.listening():
-        if step != "recovery":
-            run_next(model, is_atomic, trace.action())
-        if step == "action":
-            name = moment.split()[0]
-            run_next(model, is_atomic, trace.action(**{name: trace.die}))
-        with fault(step, moment, trace.die):
-            if step == "renewal":
-                source = Source.of(model.objects, "status")
-                (claim,) = verbs.claim(source)
-                verbs.renew(source, {claim.row.key: {claim.lease}})
-            else:
-                run_next(model, is_atomic, trace.action())
-
-
-@pytest.mark.parametrize(("model", "is_atomic", "step", "moment", "state", "begun", "attempts"), [*cells()])
+@lines(POINTS, POINTS_OF_ATOMIC)
 def test_task_of_a_worker_that_was_killed_is_neither_lost_nor_owned_twice_nor_charged_wrongly(
-    model, is_atomic, step, moment, state, begun, attempts, processes, tmp_path, vendor
+    model, is_atomic, step, moment, expected, processes, tmp_path, vendor
 ):
-    if (step, moment) == ("claim", "before the commit") and vendor == "postgresql" and is_one_statement():
-        pytest.skip("a claim is one statement in autocommit")
+    skip_where_there_is_none(step, moment, vendor)
+    state, begun, attempts = expected
     path = tmp_path / "trace"
-    model, trace = apps.get_model("testapp", model), Trace(path)
-    neighbour = model.objects.create(status=Status.waiting(0))
-    victim = model.objects.create(status=Status.working(0) if step == "recovery" else Status.waiting(1))
+    trace = Trace(path)
+    neighbour, victim = make_tasks(model, step)
     worker = processes.start(work_until_killed, model.__name__, is_atomic, step, moment, str(path))
     assert worker.wait() == KILLED, worker.errors
     assert stored(victim).state.name == state
@@ -128,9 +69,5 @@ def test_task_of_a_worker_that_was_killed_is_neither_lost_nor_owned_twice_nor_ch
         assert effects == (1 if is_atomic or moment == "before the effect" else times)
     assert not trace.read("lease_lost")
     assert len(trace.read("task_recovered")) == (state == "working")
-    if model.__name__ == "StampedPaper":
+    if model is StampedPaper:
         assert set(model.objects.values_list("pages", flat=True)) == {1}
-
-
-def is_one_statement():
-    return conf.get("ENGINE") == "auto"
