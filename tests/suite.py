@@ -79,6 +79,7 @@ def run(name: str, server: dict[str, object], arguments: list[str]) -> int:
         | {
             "COVERAGE_FILE": str(COVERAGE / f"data.{cell}"),
             "MODELQUEUE_TEST_DATABASES": json.dumps(servers.databases(server)),
+            "MODELQUEUE_TEST_SERVER": name,
         },
     )
     try:
