@@ -23,8 +23,12 @@ def lines(plain, atomic=None):
     return pytest.mark.parametrize(names, found)
 
 
-def skip_where_there_is_none(step, moment, vendor):
-    """Skip the test of a point that this database does not have."""
+def is_missing(step, moment, vendor):
+    """Say whether a database does not have this point."""
     is_one_statement = vendor == "postgresql" and conf.get("ENGINE") == "auto"
-    if (step, moment) == ("claim", "before the commit") and is_one_statement:
+    return (step, moment) == ("claim", "before the commit") and is_one_statement
+
+
+def skip_where_missing(step, moment, vendor):
+    if is_missing(step, moment, vendor):
         pytest.skip("a claim is one statement in autocommit")

@@ -5,7 +5,7 @@ import pytest
 from modelqueue import State
 from tests.actions import stored
 from tests.faults.harm import KILLED
-from tests.faults.tables import lines, skip_where_there_is_none
+from tests.faults.tables import lines, skip_where_missing
 from tests.faults.trace import Trace
 from tests.faults.workers import drain, make_tasks, work_until_killed
 from tests.testapp.models import Ledger, StampedPaper
@@ -51,7 +51,7 @@ POINTS_OF_ATOMIC = {
 def test_task_of_a_worker_that_was_killed_is_neither_lost_nor_owned_twice_nor_charged_wrongly(
     model, is_atomic, step, moment, expected, processes, tmp_path, vendor
 ):
-    skip_where_there_is_none(step, moment, vendor)
+    skip_where_missing(step, moment, vendor)
     state, begun, attempts = expected
     path = tmp_path / "trace"
     trace = Trace(path)

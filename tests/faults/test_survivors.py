@@ -10,7 +10,7 @@ from modelqueue.source import Source
 from tests.actions import stored
 from tests.faults.harm import cut, end_session, losing_the_answer, mute
 from tests.faults.points import MOMENTS, fault
-from tests.faults.tables import lines, skip_where_there_is_none
+from tests.faults.tables import lines, skip_where_missing
 from tests.faults.trace import Trace
 from tests.faults.workers import drain, make_tasks, run_next, work_into
 from tests.processes import wait_until
@@ -35,7 +35,6 @@ def check(model, is_atomic, step, moment, do, expected, trace):
             did = "returns" if returned is not None else "returns None"
         except (Error, RuntimeError, KeyboardInterrupt):
             did = "raises"
-            trace.note("raises")
     assert did == does
     drain(model, is_atomic, trace)
 
@@ -88,7 +87,7 @@ LOST_WHILE_ATOMIC = {
 @pytest.mark.parametrize("harm", [cut, end_session])
 @lines(LOST, LOST_WHILE_ATOMIC)
 def test_connection_that_is_lost(model, is_atomic, step, moment, expected, harm, trace, vendor):
-    skip_where_there_is_none(step, moment, vendor)
+    skip_where_missing(step, moment, vendor)
     if step == "action":
         check(model, is_atomic, step, moment, lambda: harm(connection), expected, trace)
         return
@@ -183,13 +182,13 @@ def throw(error):
 
 @lines(RAISED, RAISED_WHILE_ATOMIC)
 def test_exception(model, is_atomic, step, moment, expected, trace, vendor):
-    skip_where_there_is_none(step, moment, vendor)
+    skip_where_missing(step, moment, vendor)
     check(model, is_atomic, step, moment, throw(RuntimeError("no")), expected, trace)
 
 
 @lines(INTERRUPTED, INTERRUPTED_WHILE_ATOMIC)
 def test_interruption(model, is_atomic, step, moment, expected, trace, vendor):
-    skip_where_there_is_none(step, moment, vendor)
+    skip_where_missing(step, moment, vendor)
     check(model, is_atomic, step, moment, throw(KeyboardInterrupt()), expected, trace)
 
 

@@ -68,14 +68,16 @@ class Trace:
 
         def act(task: Any) -> None:
             self.note("begins", pk=task.pk, lease=task.status)
-            if before is not None:
-                before()
-            write_down(task)
-            if hasattr(task, "pages"):
-                task.pages = F("pages") + 1
-            if after is not None:
-                after()
-            self.note("ends", pk=task.pk)
+            try:
+                if before is not None:
+                    before()
+                write_down(task)
+                if hasattr(task, "pages"):
+                    task.pages = F("pages") + 1
+                if after is not None:
+                    after()
+            finally:
+                self.note("ends", pk=task.pk)
 
         return act
 
@@ -89,9 +91,11 @@ class Trace:
             leases = Counter((event["pk"], event[name]) for event in self.read(what))
             assert set(leases.values()) <= {1}, leases
         owners: dict[Any, int] = {}
-        for event in self.read("begins", "ends", "raises", "dies"):
+        for event in self.read("begins", "ends", "dies"):
             if event["what"] == "begins":
                 assert event["pk"] not in owners, event
                 owners[event["pk"]] = event["by"]
-            else:  # a worker works on one task at a time
+            elif event["what"] == "ends":
+                del owners[event["pk"]]
+            else:
                 owners = {pk: owner for pk, owner in owners.items() if owner != event["by"]}

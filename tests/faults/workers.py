@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 import datetime as dt
+from contextlib import ExitStack
 
 from django.apps import apps
+from django.db import Error, connections
 
 from modelqueue import Status, clock, run, verbs
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR
+from tests.actions import SECOND
+from tests.faults.harm import cut, end_session, losing_the_answer
 from tests.faults.points import fault
 from tests.faults.trace import Trace
 from tests.processes import wait_until
+from tests.testapp.models import Task
 
 
 def run_next(model, is_atomic, action):
@@ -47,6 +52,50 @@ def work_until_killed(model, is_atomic, step, moment, path):
     trace = Trace(path)
     with trace.listening():
         work_into(apps.get_model("testapp", model), is_atomic, step, moment, trace.die, trace)
+
+
+def work_under_fire(using, path, harm, points):
+    """Work until harm was done at the nth arrival at each of these points; without any, until all is done.
+
+    The timeout is short, as it is waited for. Who is too slow loses the task before the action begins.
+    """
+    trace = Trace(path)
+    pending = {(step, moment) for step, moment, _ in points}
+    do = {"kill": trace.die, "cut": cut, "end_session": end_session, "none": None}[harm]
+    in_action = {}
+    with trace.listening(), ExitStack() as stack:
+        for step, moment, nth in points:
+
+            def harmed(connection, point=(step, moment)):
+                pending.discard(point)
+                do(connection)
+
+            if step == "action":
+                in_action[moment.split()[0]] = at_nth(nth, harmed, connections[using])
+            else:
+                if moment == "before the answer":
+                    harmed = losing_the_answer(harmed)
+                stack.enter_context(fault(step, moment, harmed, nth, using))
+        action = trace.action(**in_action)
+        tasks = Task.objects.using(using)
+        while pending or not points:
+            if not tasks.filter(status__state__in=["waiting", "working"]).exists():
+                break
+            try:
+                run(tasks, "status", action, retry=None, timeout=SECOND, atomic=True)
+            except Error:
+                trace.note("raises")
+    return sorted(pending)
+
+
+def at_nth(nth, do, connection):
+    turns = iter(range(1, nth + 1))
+
+    def arrive():
+        if next(turns, None) == nth:
+            do(connection)
+
+    return arrive
 
 
 def later():
