@@ -48,7 +48,7 @@ POINTS_OF_ATOMIC = {
 
 
 @lines(POINTS, POINTS_OF_ATOMIC)
-def test_task_of_a_worker_that_was_killed_is_neither_lost_nor_owned_twice_nor_charged_wrongly(
+def test_task_of_a_killed_worker_is_neither_lost_nor_owned_twice_nor_charged_wrongly(
     model, is_atomic, step, moment, expected, processes, tmp_path, vendor
 ):
     skip_where_missing(step, moment, vendor)
@@ -60,7 +60,8 @@ def test_task_of_a_worker_that_was_killed_is_neither_lost_nor_owned_twice_nor_ch
     assert worker.wait() == KILLED, worker.errors
     assert stored(victim).state.name == state
 
-    drain(model, is_atomic, trace)
+    with trace.listening():
+        drain(model, is_atomic, trace)
     trace.check()
     for task, times, charged in ((neighbour, 1, 1), (victim, begun, attempts)):
         assert (stored(task).state, stored(task).attempts) == (State.finished, charged)

@@ -62,7 +62,8 @@ def run_through_a_restart(is_atomic, patience, path):
             did = "raises"
         trace.note(did)
     wait_until(lambda: trace.read("is up"))
-    drain(Task, is_atomic, trace)
+    with trace.listening():
+        drain(Task, is_atomic, trace)
     trace.check()
     attempts, effects = stored(task).attempts, Ledger.objects.filter(task=task.pk).count()
     with connection.cursor() as cursor:  # delete() would look for rows of other models, that have no table
@@ -85,6 +86,7 @@ def wait_for(what, trace, worker):
     assert trace.read(what), worker.errors
 
 
+#: How the server stops: after it has told its clients, or as if it had crashed.
 IN_ORDER, AT_ONCE = False, True
 
 

@@ -1,5 +1,6 @@
 """Workers that live on after a fault at each point: their connection is lost, or an exception comes up."""
 
+import threading
 from collections import Counter
 
 import pytest
@@ -35,8 +36,8 @@ def check(model, is_atomic, step, moment, do, expected, trace):
             did = "returns" if returned is not None else "returns None"
         except (Error, RuntimeError, KeyboardInterrupt):
             did = "raises"
-    assert did == does
-    drain(model, is_atomic, trace)
+        assert did == does
+        drain(model, is_atomic, trace)
 
     trace.check()
     begins = Counter(event["pk"] for event in trace.read("begins"))
@@ -129,12 +130,62 @@ def test_outcome_that_the_server_wrote_unheard_is_no_lost_lease(trace):
 @pytest.mark.vendor("postgresql")  # where a claim is one statement in autocommit
 def test_claim_that_the_server_made_unheard_is_recovered(trace):
     task = Task.objects.create()
-    with fault("claim", "before the statement", mute), pytest.raises(Error):
-        run_next(Task, False, trace.action())
-    wait_until(lambda: stored(task).state == State.working)
-    drain(Task, False, trace)
+    with trace.listening():
+        with fault("claim", "before the statement", mute), pytest.raises(Error):
+            run_next(Task, False, trace.action())
+        wait_until(lambda: stored(task).state == State.working)
+        drain(Task, False, trace)
     trace.check()
     assert (stored(task).attempts, len(trace.read("begins"))) == (2, 1)
+
+
+# A worker that is held up for longer than its lease
+
+
+@pytest.mark.parametrize(
+    ("model", "is_atomic", "step"),
+    [
+        (Task, False, "outcome"),
+        (StampedPaper, False, "outcome"),
+        (Task, True, "hold"),
+        (StampedPaper, True, "hold"),
+    ],
+)
+def test_worker_that_was_overtaken_by_others_writes_nothing(model, is_atomic, step, trace):
+    def overtake(connection):
+        thread = threading.Thread(target=work_as_others)
+        thread.start()
+        thread.join()
+
+    def work_as_others():
+        try:
+            drain(model, is_atomic, trace)
+        finally:
+            connection.close()
+
+    neighbour, victim = make_tasks(model, step)
+    with trace.listening():
+        returned = work_into(model, is_atomic, step, "before the statement", overtake, trace)
+    trace.check()
+    assert returned == victim
+    assert returned.status == stored(victim)
+    assert [stored(task).attempts for task in (neighbour, victim)] == [1, 2]
+    told = [(event["what"], event["pk"]) for event in trace.read("lease_lost", "task_finished")]
+    assert told[1:] == [("task_finished", victim.pk), ("lease_lost", victim.pk)]
+    assert Ledger.objects.filter(task=victim.pk).count() == (1 if is_atomic else 2)
+    if model is StampedPaper:
+        assert set(model.objects.values_list("pages", flat=True)) == {1}
+
+
+def test_renewal_of_a_worker_that_was_overtaken_by_others_writes_nothing(trace):
+    source, leases = claimed(2)
+
+    def overtake(connection):
+        Task.objects.filter(pk=min(leases)).update(status=Status.finished(7, 1))
+
+    with fault("renewal", "before the statement", overtake):
+        assert verbs.renew(source, leases) == ({max(leases)}, set(), {min(leases)})
+    assert Task.objects.get(pk=min(leases)).status == Status.finished(7, 1)
 
 
 # An exception. (RuntimeError stands for one that is of neither the database nor its connection.)

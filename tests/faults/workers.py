@@ -113,5 +113,5 @@ def drain(model, is_atomic, trace):
         is_idle = run_next(model, is_atomic, trace.action()) is None
         return is_idle and not model.objects.exclude(status__state="finished").exists()
 
-    with clock.use(later), trace.listening():
+    with clock.use(later):
         wait_until(is_done)
