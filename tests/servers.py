@@ -7,9 +7,11 @@ that. Durability is switched off: no test cuts the power, and each commit would 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +99,55 @@ def start_server(name: str, durable: bool = False, keep: Path | None = None) -> 
             raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
         with server as started:
             yield started
+
+
+@contextmanager
+def start_guarded_server(name: str) -> Iterator[Server]:
+    """Run the named server, with durable commits, so that it ends even where this process is killed.
+
+    A process of its own looks after it, and stops it when nobody is left at the other end of its input.
+    """
+    guardian = subprocess.Popen(
+        [sys.executable, "-m", __name__, name],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
+    commands, answers = guardian.stdin, guardian.stdout
+
+    def answer() -> Any:
+        if not (line := answers.readline()):
+            raise RuntimeError(f"The process that looks after {name} has ended with code {guardian.wait()}.")
+        return json.loads(line)
+
+    def do(what: str) -> None:
+        commands.write(f"{what}\n")
+        commands.flush()
+        answer()
+
+    try:
+        yield Server(answer(), lambda: do("start"), lambda at_once: do("crash" if at_once else "stop"))
+    finally:
+        commands.close()
+        guardian.wait()
+        answers.close()
+
+
+def _guard(name: str) -> None:
+    with start_server(name, durable=True) as server:
+        commands = {
+            "start": server.start,
+            "stop": lambda: server.stop(False),
+            "crash": lambda: server.stop(True),
+        }
+        print(json.dumps(server.connection), flush=True)
+        for line in sys.stdin:
+            commands[line.strip()]()
+            print(json.dumps("done"), flush=True)
 
 
 def _packaged_postgresql(folder: Path) -> Path:
@@ -245,3 +296,7 @@ def _run(*command: object, **keywords: Any) -> None:
         if code:
             output.seek(0)
             raise RuntimeError(f"{command[0]} ended with code {code}:\n{output.read()}")
+
+
+if __name__ == "__main__":
+    _guard(*sys.argv[1:])

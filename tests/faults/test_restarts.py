@@ -23,7 +23,7 @@ def server():
     name = os.environ.get("MODELQUEUE_TEST_SERVER", "sqlite")
     if name == "sqlite":
         pytest.skip("SQLite has no server")
-    with servers.start_server(name, durable=True) as server:
+    with servers.start_guarded_server(name) as server:
         with Processes(servers.databases(server.connection)) as processes:
             processes.start(make_tables).result()
         yield server
