@@ -27,11 +27,15 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def environment() -> dict[str, str]:
-    """The environment in which a process with `tests.settings` works on the databases of the running test."""
+def environment(databases: dict[str, Any] | None = None) -> dict[str, str]:
+    """The environment in which a process with `tests.settings` works on these databases.
+
+    Without any, on those of the running test.
+    """
     from django.db import connections
 
-    databases = {alias: connections[alias].settings_dict for alias in connections}
+    if databases is None:
+        databases = {alias: connections[alias].settings_dict for alias in connections}
     # Not under coverage: other tests cover what these processes do, which would take twice as long.
     inherited = {name: os.environ[name] for name in os.environ if not name.startswith("COVERAGE_PROCESS_")}
     return inherited | {
@@ -54,7 +58,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60) -> Any:
 class Process:
     """One started function."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(
+        self, databases: dict[str, Any] | None, function: Callable[..., Any], *arguments: Any
+    ) -> None:
         # Files, since nobody reads a pipe while the process runs.
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -65,7 +71,7 @@ class Process:
             stdout=self._output,
             stderr=self._errors,
             cwd=ROOT,
-            env=environment(),
+            env=environment(databases),
         )
         self.pid = self._process.pid
 
@@ -105,14 +111,19 @@ class Process:
 
 
 class Processes:
-    """Starts processes, and at the end leaves none of them behind."""
+    """Starts processes, and at the end leaves none of them behind.
 
-    def __init__(self) -> None:
+    Args:
+        databases: Django's DATABASES for them, where these are not those of the running test.
+    """
+
+    def __init__(self, databases: dict[str, Any] | None = None) -> None:
+        self._databases = databases
         self._started: list[Process] = []
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Process:
         """Call a function of a module, with arguments that JSON can carry, in a process of its own."""
-        process = Process(function, *arguments)
+        process = Process(self._databases, function, *arguments)
         self._started.append(process)
         return process
 

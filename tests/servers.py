@@ -7,13 +7,16 @@ that. Durability is switched off: no test cuts the power, and each commit would 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,30 +56,98 @@ def databases(server: dict[str, Any] = SQLITE) -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs, and can be stopped and started again meanwhile."""
+
+    connection: dict[str, Any]
+    """How Django connects to it."""
+    start: Callable[[], None]
+    """Returns when it takes connections."""
+    stop: Callable[[bool], None]
+    """Returns when it is gone: in order, or (True) at once, as if it had crashed."""
+
+
 @contextmanager
 def start(name: str, durable: bool = False, keep: Path | None = None) -> Iterator[dict[str, Any]]:
     """Run the named database server and yield how Django connects to it.
 
-    Two arguments concern PostgreSQL only. A benchmark asks for durable commits, as they are in production.
-    Who wants the data back the next time names a folder to `keep` it in: it is copied from there at the
-    start, if it exists, and to there at the end. The server itself needs a folder that its user may enter,
-    with a path that is short enough for a socket.
+    A benchmark asks for `durable` commits, as they are in production. Who wants the data of PostgreSQL back
+    the next time names a folder to `keep` it in: it is copied from there at the start, if it exists, and to
+    there at the end. The server itself needs a folder that its user may enter, with a path that is short
+    enough for a socket.
     """
     if name == "sqlite":
         yield SQLITE
         return
+    with start_server(name, durable, keep) as server:
+        yield server.connection
+
+
+@contextmanager
+def start_server(name: str, durable: bool = False, keep: Path | None = None) -> Iterator[Server]:
+    """Run the named database server, see `start`; SQLite has none."""
     with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         if name == "postgres":
             server = _postgresql(folder, _packaged_postgresql(folder), durable, keep)
         elif name == "mariadb":
-            server = _mariadb(folder)
+            server = _mariadb(folder, durable)
         elif name.startswith("postgres") and name[8:].isdigit():
             server = _postgresql(folder, _installed_postgresql(name[8:]), durable, keep)
         else:
             raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
-        with server as connection:
-            yield connection
+        with server as started:
+            yield started
+
+
+@contextmanager
+def start_guarded_server(name: str) -> Iterator[Server]:
+    """Run the named server, with durable commits, so that it ends even where this process is killed.
+
+    A process of its own looks after it, and stops it when nobody is left at the other end of its input.
+    """
+    guardian = subprocess.Popen(
+        [sys.executable, "-m", __name__, name],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
+    commands, answers = guardian.stdin, guardian.stdout
+
+    def answer() -> Any:
+        if not (line := answers.readline()):
+            raise RuntimeError(f"The process that looks after {name} has ended with code {guardian.wait()}.")
+        return json.loads(line)
+
+    def do(what: str) -> None:
+        commands.write(f"{what}\n")
+        commands.flush()
+        answer()
+
+    try:
+        yield Server(answer(), lambda: do("start"), lambda at_once: do("crash" if at_once else "stop"))
+    finally:
+        commands.close()
+        guardian.wait()
+        answers.close()
+
+
+def _guard(name: str) -> None:
+    with start_server(name, durable=True) as server:
+        commands = {
+            "start": server.start,
+            "stop": lambda: server.stop(False),
+            "crash": lambda: server.stop(True),
+        }
+        print(json.dumps(server.connection), flush=True)
+        for line in sys.stdin:
+            commands[line.strip()]()
+            print(json.dumps("done"), flush=True)
 
 
 def _packaged_postgresql(folder: Path) -> Path:
@@ -103,9 +174,7 @@ def _installed_postgresql(major: str) -> Path:
 
 
 @contextmanager
-def _postgresql(
-    folder: Path, binaries: Path, durable: bool, keep: Path | None = None
-) -> Iterator[dict[str, Any]]:
+def _postgresql(folder: Path, binaries: Path, durable: bool, keep: Path | None = None) -> Iterator[Server]:
     owner = _owner(folder, "postgres", "nobody")
     data = folder / "data"
     initdb = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -120,18 +189,27 @@ def _postgresql(
     if not durable:
         options |= POSTGRESQL_NOT_DURABLE
     arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
-    _run(binaries / "pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", arguments, "start", **owner)
+    control = binaries / "pg_ctl", "-D", data, "-w"
+
+    def start() -> None:
+        _run(*control, "-l", folder / "log", "-o", arguments, "start", **owner)
+
+    def stop(at_once: bool) -> None:
+        _run(*control, "-m", "immediate" if at_once else "fast", "stop", **owner)
+
+    start()
     try:
-        yield {**POSTGRESQL, "HOST": str(folder)}
+        yield Server({**POSTGRESQL, "HOST": str(folder)}, start, stop)
     finally:
-        _run(binaries / "pg_ctl", "-D", data, "-m", "fast" if keep else "immediate", "-w", "stop", **owner)
+        if (data / "postmaster.pid").exists():
+            stop(keep is None)
         if keep is not None:
             shutil.rmtree(keep, ignore_errors=True)
             shutil.copytree(data, keep)
 
 
 @contextmanager
-def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
+def _mariadb(folder: Path, durable: bool) -> Iterator[Server]:
     """The MariaDB that the system's packages have installed, as a server of our own."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     server, install = (shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db"))
@@ -152,20 +230,21 @@ def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
         *("--auth-root-authentication-method=normal", "--skip-test-db"),
         **owner,
     )
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *(server, "--no-defaults", f"--datadir={data}", f"--socket={socket}", "--skip-networking"),
-                *(f"--pid-file={folder / 'pid'}", "--character-set-server=utf8mb4"),
-                *("--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0", "--max-connections=200"),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
+    command = [
+        *(server, "--no-defaults", f"--datadir={data}", f"--socket={socket}", "--skip-networking"),
+        *(f"--pid-file={folder / 'pid'}", "--character-set-server=utf8mb4", "--max-connections=200"),
+    ]
+    if not durable:
+        command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        with log.open("ab") as output:
             # Ctrl-C is for the tests. The server has to outlive them.
-            start_new_session=True,
-            **owner,
-        )
-    try:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **owner
+            )
+        started.append(process)
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -175,14 +254,21 @@ def _mariadb(folder: Path) -> Iterator[dict[str, Any]]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"MariaDB did not start:\n{log.read_text()}") from None
                 time.sleep(0.05)
-        yield {**MARIADB, "HOST": str(socket)}
+
+    def stop(at_once: bool) -> None:
+        process = started[-1]
+        if not at_once:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+        process.kill()
+        process.wait()
+
+    try:
+        start()
+        yield Server({**MARIADB, "HOST": str(socket)}, start, stop)
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(False)
 
 
 def _is_root() -> bool:
@@ -210,3 +296,7 @@ def _run(*command: object, **keywords: Any) -> None:
         if code:
             output.seek(0)
             raise RuntimeError(f"{command[0]} ended with code {code}:\n{output.read()}")
+
+
+if __name__ == "__main__":
+    _guard(*sys.argv[1:])

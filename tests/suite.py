@@ -84,6 +84,7 @@ def run(name: str, server: dict[str, object], engine: str, arguments: list[str])
             "COVERAGE_FILE": str(COVERAGE / f"data.{cell}"),
             "MODELQUEUE_TEST_DATABASES": json.dumps(servers.databases(server)),
             "MODELQUEUE_TEST_ENGINE": engine,
+            "MODELQUEUE_TEST_SERVER": name,
         },
     )
     try:

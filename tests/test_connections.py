@@ -14,7 +14,7 @@ from modelqueue.engines import base, engine_for, sessions
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
-from tests.processes import wait_until
+from tests.faults.harm import end_session
 from tests.testapp.models import Job, Ledger, Paper, PickyField, PickyPaper, ShoutingPaper, StampedPaper, Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -201,27 +201,6 @@ def test_other_connections_are_left_alone():
 
 
 # Connections that the server ends
-
-
-def session_id(connection):
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT pg_backend_pid()" if connection.vendor == "postgresql" else "SELECT connection_id()"
-        )
-        return cursor.fetchone()[0]
-
-
-def end_session(victim, other):
-    """Let the server end a session, as its administrator or a restart does; wait until it is gone."""
-    number = session_id(victim)
-    with other.cursor() as cursor:
-        if other.vendor == "postgresql":
-            cursor.execute("SELECT pg_terminate_backend(%s)", [number])
-            find = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
-        else:
-            cursor.execute(f"KILL {number}")
-            find = "SELECT 1 FROM information_schema.processlist WHERE id = %s"
-        wait_until(lambda: cursor.execute(find, [number]) is None or not cursor.fetchone())
 
 
 servers = pytest.mark.vendor("postgresql", "mysql")

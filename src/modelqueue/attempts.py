@@ -151,7 +151,8 @@ class Attempt(Generic[M]):
     def write_or_fail(self, outcome: Outcome) -> tuple[Outcome, bool]:
         """Write an outcome; return it, and whether the task was still ours.
 
-        If the changes can not be saved, the attempt has failed, and that is written without them.
+        If the changes can not be saved, the attempt has failed, and that is written without them. An
+        error that comes up after the commit, such as Ctrl-C, changes nothing any more.
         """
         self.keep_leases_unique(outcome)
         try:
@@ -162,8 +163,26 @@ class Attempt(Generic[M]):
             is_elsewhere = isinstance(error, Exception) and self.engine.is_of_the_database_itself(error)
             if self.snapshot is None or is_elsewhere:
                 raise
-            outcome = self.without_changes(outcome, error)
-            return outcome, self.write(outcome, None)
+            failure = self.without_changes(outcome, error)
+            is_written = self.write(failure, None)
+            if is_written or not self.is_recorded_despite(error, outcome):
+                return failure, is_written
+            if not isinstance(error, Exception):
+                self.conclude(outcome, is_written=True)
+                raise
+            return outcome, True
+
+    def is_recorded_despite(self, error: BaseException, outcome: Outcome) -> bool:
+        """Say, and log, whether an outcome was recorded although its writing ended with an error."""
+        if self.read() != (True, outcome.status):
+            return False
+        logger.error(
+            "%s %s: its outcome is recorded, but its commit ended with an error.",
+            self.source.model._meta.label,
+            self.claim.row.pk,
+            exc_info=error,
+        )
+        return True
 
     def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
         """Return what to record when the changes of the action can not be saved.
@@ -226,16 +245,11 @@ class Attempt(Generic[M]):
                 self.engine.lock_other_tables(source, task)
                 save_merged(task, changed, source.field, source.using)
                 is_saved_in_full = True
-        except Exception:
+        except Exception as error:
             # A hook that the save() has left for the commit fails after it; the answer to it can get lost.
             is_ended = is_saved_in_full and not self.engine.is_inside_transaction()
-            if not is_ended or self.read() != (True, outcome.status):
+            if not is_ended or not self.is_recorded_despite(error, outcome):
                 raise
-            logger.exception(
-                "%s %s: its outcome is recorded, but its commit ended with an error.",
-                source.model._meta.label,
-                self.claim.row.pk,
-            )
         return True
 
     def conclude(self, outcome: Outcome, is_written: bool) -> None:
@@ -446,16 +460,10 @@ class AtomicAttempt(Attempt[M]):
         """Record, in a transaction of its own, an attempt that was rolled back."""
         self.undo()
         failed, is_written = self.write_or_fail(self.decide(error))
-        if is_written or succeeded is None or self.read() != (True, succeeded.status):
+        if is_written or succeeded is None or not self.is_recorded_despite(error, succeeded):
             self.conclude(failed, is_written)
             return failed
         # It was committed: the answer to the commit was lost, or one of its hooks has failed.
-        logger.error(
-            "%s %s: its outcome is recorded, but its commit ended with an error.",
-            self.source.model._meta.label,
-            self.claim.row.pk,
-            exc_info=error,
-        )
         self.conclude(succeeded, is_written=True)
         if not isinstance(error, Exception):
             raise error
