@@ -19,7 +19,7 @@ from tests.faults.points import fault
 
 #: Seconds within which an operation is done or held up, unless it waits for a lock. Generous: no step of
 #: this suite takes a second, but a busy machine may.
-PATIENCE = 20.0
+PATIENCE = 10.0
 
 GOES_ON, IS_HELD_UP = "goes on", "is held up"
 LOSES_CONNECTION, DIES = "loses its connection", "dies"
@@ -47,7 +47,7 @@ class Operation:
         self.nth = nth
         self.result = self.error = None
         self.is_done = self.is_held_up = self.is_dead = self.is_inside_transaction = False
-        self.arrived = False
+        self.arrived = self.was_held_up = False
         self.told = []
         self._news = threading.Semaphore(0)
         self._go = threading.Event()
@@ -64,6 +64,13 @@ class Operation:
         self._go.set()
         self.wait()
 
+    def leave(self):
+        """End it, whatever it is doing."""
+        if self.is_held_up:
+            self.resume(DIES)
+        elif not self.is_done:
+            self.wait()
+
     # In the thread of its worker
 
     def perform(self):
@@ -79,6 +86,7 @@ class Operation:
             if self.is_dead:
                 with suppress(Exception):
                     connection.close()
+                connection.connection = None  # also where closing it was an error
             self.is_done = True
             self._news.release()
 
@@ -93,7 +101,7 @@ class Operation:
         if self.fate == IS_HELD_UP:
             if is_locked_in_full(connection):
                 return
-            self.is_held_up = True
+            self.is_held_up = self.was_held_up = True
             self._news.release()
             # Whoever started it is gone where this takes so long.
             if not self._go.wait(10 * PATIENCE):

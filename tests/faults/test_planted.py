@@ -1,0 +1,147 @@
+"""The laboratory finds what it is made for: each fault that is planted here, by the invariant that it breaks."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+from django.db import connection
+from hypothesis import Phase
+from hypothesis import strategies as st
+
+from modelqueue import attempts
+from modelqueue.attempts import Attempt
+from modelqueue.engines import Engine, Renewal, base, locking, postgresql
+from modelqueue.outcomes import Policy
+from modelqueue.status import Status
+from tests.faults import laboratory
+from tests.faults.laboratory import search
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+MOST_EXAMPLES = 400
+
+
+def by_key_alone(engine, source, row, old, values):
+    """An UPDATE that does not compare the status."""
+    rows = source.owner_rows().filter(pk=row.key)
+    return rows.update(**{field.name: value for field, value in values.items()}) == 1
+
+
+def outcome_without_fence(patch):
+    compared, here = Engine._update, threading.local()
+
+    def update(engine, *arguments):
+        is_outcome = getattr(here, "is_writing", False)
+        return (by_key_alone if is_outcome else compared)(engine, *arguments)
+
+    def write(attempt, *arguments, original=Attempt.write):
+        here.is_writing = True
+        try:
+            return original(attempt, *arguments)
+        finally:
+            here.is_writing = False
+
+    patch.setattr(Engine, "_update", update)
+    patch.setattr(Attempt, "write", write)
+
+
+def claim_stamped_with_the_time_of_now(patch):
+    """A task that goes back and is claimed again within one millisecond gets the same lease."""
+
+    def lease_at(moment, attempts=0):
+        return Status.working(moment, attempts)
+
+    for module in (base, locking, postgresql):
+        patch.setattr(module, "lease_at", lease_at)
+
+
+def task_given_back_before_the_time_of_its_lease(patch):
+    patch.setattr(Attempt, "keep_leases_unique", lambda attempt, outcome: None)
+
+
+def renewal_by_key_alone(patch):
+    def renew(engine, source, leases, clock):
+        with engine.transaction():
+            rows = engine._locked(source, source.owner_rows().filter(pk__in=list(leases)))
+            keys = [key for (key,) in rows.values_list("pk")]
+            engine._stamp(source.owner_rows().filter(pk__in=keys), source.field.name, Status.working(clock()))
+            stored = dict(source.owner_rows().filter(pk__in=keys).values_list("pk", source.field.name))
+        for key, status in stored.items():
+            leases[key] = {Status(status)}
+        return Renewal(set(keys), set(), set())
+
+    patch.setattr(Engine, "_renew_together", renew)
+
+
+def recovery_too_early(patch):
+    patch.setattr(Policy, "cutoff", lambda policy, moment: moment - policy.timeout / 2)
+
+
+def recovery_of_what_was_renewed_meanwhile(patch):
+    """It compares neither when it locks nor when it writes."""
+    original = Engine._recover_together
+
+    def recover(engine, *arguments):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Engine, "_lock", all_candidates)
+            inner.setattr(Engine, "_update", by_key_alone)
+            return original(engine, *arguments)
+
+    patch.setattr(Engine, "_recover_together", recover)
+
+
+def all_candidates(engine, source, candidates, with_error_field=False):
+    """As if all that are free were unchanged."""
+    rows = engine._locked(source, source.owner_rows().filter(pk__in=[row.key for row in candidates]))
+    free = {key for (key,) in rows.values_list("pk")}
+    return [row for row in candidates if row.key in free]
+
+
+def outcome_by_saving_the_whole_row(patch):
+    patch.setattr(attempts, "save_merged", lambda task, changed, status, using: task.save(using=using))
+
+
+def claim_that_trusts_its_candidates(patch):
+    """As where SKIP LOCKED gives one row to two, and nobody compares."""
+    original = Engine._claim_together
+
+    def claim(engine, *arguments):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Engine, "_lock", all_candidates)
+            inner.setattr(Engine, "_update", by_key_alone)
+            return original(engine, *arguments)
+
+    patch.setattr(Engine, "_claim_together", claim)
+
+
+def claim_that_locks_as_a_delete_does(patch):
+    """FOR UPDATE, which the foreign key of a child row waits for; FOR NO KEY UPDATE lets it pass."""
+    patch.setattr(type(connection.features), "has_select_for_no_key_update", False)
+    patch.setattr(postgresql, "_CLAIM", postgresql._CLAIM.replace("FOR NO KEY UPDATE", "FOR UPDATE"))
+
+
+PLANTED = [
+    (outcome_without_fence, laboratory.NOT_LATE),
+    (claim_stamped_with_the_time_of_now, laboratory.UNIQUE),
+    (task_given_back_before_the_time_of_its_lease, laboratory.UNIQUE),
+    (renewal_by_key_alone, laboratory.NOT_RENEWED),
+    (recovery_too_early, laboratory.LIVE),
+    (recovery_of_what_was_renewed_meanwhile, laboratory.LIVE),
+    (outcome_by_saving_the_whole_row, laboratory.EDITS),
+    (claim_that_trusts_its_candidates, laboratory.ONE_OWNER),
+    pytest.param(
+        claim_that_locks_as_a_delete_does,
+        laboratory.NO_WAIT,
+        marks=pytest.mark.db_feature("has_select_for_no_key_update"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("plant", "invariant"), PLANTED)
+def test_planted_fault_is_found(plant, invariant, monkeypatch):
+    attributes = {"portable": st.just(True)} if plant is claim_that_trusts_its_candidates else {}
+    plant(monkeypatch)
+    with pytest.raises(laboratory.Violation, match=f"^{re.escape(invariant)}"):
+        search(MOST_EXAMPLES, phases=[Phase.generate], **attributes)
