@@ -111,7 +111,7 @@ class Operation:
             self.is_dead = True
             cut(connection)
             raise Dead
-        if self.fate == LOSES_CONNECTION and connection.vendor != "sqlite":
+        if self.fate == LOSES_CONNECTION:
             cut(connection)
             raise OperationalError(2013, "the connection to the server was lost")
 
@@ -197,9 +197,9 @@ class Crew:
 
 def _tell_finished(sender, **arguments):
     if _here.operation is not None:
-        _here.operation.told.append("finished")
+        _here.operation.told.append(("finished", arguments["status"]))
 
 
 def _tell_lost(sender, **arguments):
     if _here.operation is not None:
-        _here.operation.told.append("lost")
+        _here.operation.told.append(("lost", arguments["status"]))

@@ -29,22 +29,38 @@ def by_key_alone(engine, source, row, old, values):
     return rows.update(**{field.name: value for field, value in values.items()}) == 1
 
 
-def outcome_without_fence(patch):
-    compared, here = Engine._update, threading.local()
+def unfenced(patch, owner, name):
+    """Let a method, in the thread that calls it, write without comparing the status, and lock without."""
+    here = threading.local()
+    call, lock, update = getattr(owner, name), Engine._lock, Engine._update
 
-    def update(engine, *arguments):
-        is_outcome = getattr(here, "is_writing", False)
-        return (by_key_alone if is_outcome else compared)(engine, *arguments)
-
-    def write(attempt, *arguments, original=Attempt.write):
-        here.is_writing = True
+    def calling(*arguments):
+        before, here.is_inside = getattr(here, "is_inside", False), True
         try:
-            return original(attempt, *arguments)
+            return call(*arguments)
         finally:
-            here.is_writing = False
+            here.is_inside = before
 
-    patch.setattr(Engine, "_update", update)
-    patch.setattr(Attempt, "write", write)
+    def locking(*arguments, **named):
+        return (all_that_are_free if getattr(here, "is_inside", False) else lock)(*arguments, **named)
+
+    def updating(*arguments):
+        return (by_key_alone if getattr(here, "is_inside", False) else update)(*arguments)
+
+    patch.setattr(owner, name, calling)
+    patch.setattr(Engine, "_lock", locking)
+    patch.setattr(Engine, "_update", updating)
+
+
+def all_that_are_free(engine, source, candidates, with_error_field=False):
+    """Lock candidates, and do not look whether they have changed since they were picked."""
+    rows = engine._locked(source, source.owner_rows().filter(pk__in=[row.key for row in candidates]))
+    free = {key for (key,) in rows.values_list("pk")}
+    return [row for row in candidates if row.key in free]
+
+
+def outcome_without_fence(patch):
+    unfenced(patch, Attempt, "write")
 
 
 def claim_stamped_with_the_time_of_now(patch):
@@ -76,27 +92,11 @@ def renewal_by_key_alone(patch):
 
 
 def recovery_too_early(patch):
-    patch.setattr(Policy, "cutoff", lambda policy, moment: moment - policy.timeout / 2)
+    patch.setattr(Policy, "cutoff", lambda policy, moment: moment - policy.timeout / 4)
 
 
 def recovery_of_what_was_renewed_meanwhile(patch):
-    """It compares neither when it locks nor when it writes."""
-    original = Engine._recover_together
-
-    def recover(engine, *arguments):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Engine, "_lock", all_candidates)
-            inner.setattr(Engine, "_update", by_key_alone)
-            return original(engine, *arguments)
-
-    patch.setattr(Engine, "_recover_together", recover)
-
-
-def all_candidates(engine, source, candidates, with_error_field=False):
-    """As if all that are free were unchanged."""
-    rows = engine._locked(source, source.owner_rows().filter(pk__in=[row.key for row in candidates]))
-    free = {key for (key,) in rows.values_list("pk")}
-    return [row for row in candidates if row.key in free]
+    unfenced(patch, Engine, "_recover_together")
 
 
 def outcome_by_saving_the_whole_row(patch):
@@ -105,15 +105,7 @@ def outcome_by_saving_the_whole_row(patch):
 
 def claim_that_trusts_its_candidates(patch):
     """As where SKIP LOCKED gives one row to two, and nobody compares."""
-    original = Engine._claim_together
-
-    def claim(engine, *arguments):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Engine, "_lock", all_candidates)
-            inner.setattr(Engine, "_update", by_key_alone)
-            return original(engine, *arguments)
-
-    patch.setattr(Engine, "_claim_together", claim)
+    unfenced(patch, Engine, "_claim_together")
 
 
 def claim_that_locks_as_a_delete_does(patch):
