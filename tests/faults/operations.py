@@ -47,6 +47,8 @@ class Operation:
         self.nth = nth
         self.result = self.error = None
         self.is_done = self.is_held_up = self.is_dead = self.is_inside_transaction = False
+        self.recovered = None
+        self.is_recovering = False
         self.arrived = self.was_held_up = False
         self.told = []
         self._news = threading.Semaphore(0)
@@ -186,11 +188,13 @@ class Crew:
     def __enter__(self):
         signals.task_finished.connect(_tell_finished)
         signals.lease_lost.connect(_tell_lost)
+        signals.task_recovered.connect(_tell_recovered)
         return self
 
     def __exit__(self, *error):
         signals.task_finished.disconnect(_tell_finished)
         signals.lease_lost.disconnect(_tell_lost)
+        signals.task_recovered.disconnect(_tell_recovered)
         for worker in self.workers:
             worker.close()
 
@@ -203,3 +207,8 @@ def _tell_finished(sender, **arguments):
 def _tell_lost(sender, **arguments):
     if _here.operation is not None:
         _here.operation.told.append(("lost", arguments["status"]))
+
+
+def _tell_recovered(sender, **arguments):
+    if _here.operation is not None and _here.operation.recovered is not None:
+        _here.operation.recovered()
