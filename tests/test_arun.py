@@ -3,13 +3,14 @@
 import asyncio
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.db import OperationalError, connection, connections, transaction
 
-from modelqueue import Abort, Cancel, Retry, State, Status, arun, signals, threads, verbs
+from modelqueue import Abort, Cancel, Retry, State, Status, arun, execution, signals, threads, verbs
 from modelqueue.attempts import Attempt
 from tests.actions import LONG_AGO, heard, raising, row, stored, succeed, unexpected, write_down
 from tests.processes import wait_until
@@ -175,20 +176,15 @@ def test_deleted_task_stays_deleted(kind):
 
 @either
 def test_transaction_that_the_action_left_open_is_rolled_back(kind):
-    """An async action's own connection is closed; that of a synchronous one is looked at, as by run."""
     task = Task.objects.create()
 
     def begin_and_write(task):
         connection.set_autocommit(False)
         write_down(task)
 
-    if kind is awaited:
+    with pytest.raises(transaction.TransactionManagementError, match="in the middle of a transaction"):
         on_a_loop(arun(Task.objects, "status", kind(begin_and_write)))
-        assert stored(task).state == State.finished
-    else:
-        with pytest.raises(transaction.TransactionManagementError):
-            arun_once(Task.objects, begin_and_write)
-        assert stored(task).attempts == 1
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
     assert not Ledger.objects.exists()
 
 
@@ -455,7 +451,7 @@ def test_synchronous_action_is_waited_for_and_recorded_before_the_cancellation_g
             await asyncio.sleep(0.01)
         assert not attempt.done()
         go_on.set()
-        with pytest.raises(ValueError if isinstance(error, ValueError) else asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError):
             await attempt
 
     async_to_sync(main)()
@@ -566,6 +562,105 @@ def test_coroutine_that_is_thrown_away_leaves_its_task_to_recovery():
     attempt.exception()
     loop.close()
     close_shared_connection()
+
+
+@pytest.mark.parametrize("kind", [lambda action: action, awaited], ids=["sync", "async"])
+def test_worker_whose_actions_all_fail_can_be_canceled(kind):
+    """An error must not hide the cancellation from a loop that catches errors."""
+    Task.objects.bulk_create([Task() for _ in range(3)])
+
+    async def main():
+        seen = []
+
+        def fail(task):
+            seen.append(task)
+            raise ValueError
+
+        async def work():
+            while True:
+                with suppress(ValueError):
+                    await arun(Task.objects, "status", kind(fail), retry=None)
+
+        worker = asyncio.ensure_future(work())
+        while not seen:
+            await asyncio.sleep(0.001)
+        worker.cancel()
+        await asyncio.wait([worker], timeout=60)
+        return worker.cancelled()
+
+    assert async_to_sync(main)()
+
+
+def test_error_of_a_claim_does_not_hide_a_cancellation(monkeypatch):
+    def fail(source):
+        raise OperationalError("gone")
+
+    monkeypatch.setattr(verbs, "claim", fail)
+    inside, go_on = threading.Event(), threading.Event()
+    next_claim = execution._next_claim
+
+    def paused(*arguments):
+        inside.set()
+        assert go_on.wait(60)
+        return next_claim(*arguments)
+
+    monkeypatch.setattr(execution, "_next_claim", paused)
+
+    async def main():
+        attempt = asyncio.ensure_future(arun(Task.objects, "status", unexpected))
+        while not inside.is_set():
+            await asyncio.sleep(0.001)
+        attempt.cancel()
+        await asyncio.sleep(0.001)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await attempt
+        return caught.value.__cause__
+
+    assert str(async_to_sync(main)()) == "gone"
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_task_is_given_back_if_there_is_no_thread_for_its_action(atomic, monkeypatch):
+    task = Task.objects.create(status=Status.waiting(LONG_AGO))
+
+    class NoThreads(ThreadPoolExecutor):
+        def submit(self, *arguments, **named):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", NoThreads)
+    with heard("task_claimed", "task_finished") as events, pytest.raises(RuntimeError, match="new thread"):
+        arun_once(Task.objects, unexpected, atomic=atomic)
+    assert stored(task) == task.status
+    assert [(name, arguments.get("outcome")) for name, arguments in events] == [
+        ("task_claimed", None),
+        ("task_finished", "release"),
+    ]
+
+
+def test_transaction_of_another_coroutine_is_none_of_our_business():
+    """It is open in the thread that all share; an action that ends meanwhile never was in there."""
+    Task.objects.create()
+
+    async def main():
+        inside, go_on = asyncio.Event(), asyncio.Event()
+
+        async def act(task):
+            inside.set()
+            await go_on.wait()
+
+        attempt = asyncio.ensure_future(arun(Task.objects, "status", act))
+        await inside.wait()
+        block = transaction.atomic()
+        await sync_to_async(block.__enter__)()
+        await sync_to_async(Ledger.objects.create)(task=1)
+        go_on.set()
+        await attempt
+        await sync_to_async(block.__exit__)(None, None, None)
+
+    on_a_loop(main())
+    assert Ledger.objects.count() == 1
+    assert Task.objects.get().status.state == State.finished
 
 
 # The database

@@ -33,7 +33,7 @@ from modelqueue.fields import is_saved, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
-from modelqueue.threads import Kept, await_with_own_thread, call_in_own_thread, in_thread
+from modelqueue.threads import Kept, NotCalled, await_with_own_thread, call_in_own_thread, in_thread
 
 __all__ = ["AsyncAttempt", "AtomicAttempt", "Attempt"]
 
@@ -338,11 +338,13 @@ class AsyncAttempt(Attempt[M]):
     def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
         super().__init__(source, policy, claim)
         self.is_outer = self.engine.is_inside_transaction()
+        self.is_started = False
         #: Why the action is not to be called.
         self.error: BaseException | None = claim.error
 
     def start(self) -> AsyncAttempt[M]:
         """Take the step before the action; return the attempt."""
+        self.is_started = True
         if self.task is not None:
             try:
                 self.begin(self.task)
@@ -357,11 +359,23 @@ class AsyncAttempt(Attempt[M]):
         error = canceled or self.error
         if error is None and self.task is not None:
             act = self.await_action if is_async else self.call_action
-            error, canceled = await act(action, self.task)
+            try:
+                error, canceled = await act(action, self.task)
+            except NotCalled as no_thread:
+                return await self.give_back(no_thread)
         outcome, late = await in_thread(self.settle, error)
-        stop = outcome.raised or canceled or late
-        if stop is not None:
-            raise stop
+        return self.stop(outcome, canceled or late)
+
+    async def give_back(self, error: NotCalled) -> M | None:
+        """End an attempt whose action could not be called."""
+        return self.stop(*await in_thread(self.settle, error, False))
+
+    def stop(self, outcome: Outcome, canceled: asyncio.CancelledError | None) -> M | None:
+        """Return the task, or raise what its attempt ended with. A cancellation goes before any error."""
+        if canceled is not None and (outcome.raised is None or isinstance(outcome.raised, Exception)):
+            raise canceled from outcome.raised
+        if outcome.raised is not None:
+            raise outcome.raised
         return self.task
 
     async def await_action(self, action: Callable[[M], Any], task: M) -> Kept[BaseException | None]:
@@ -376,7 +390,9 @@ class AsyncAttempt(Attempt[M]):
                 return error
             return None
 
-        return (await act(), None) if self.is_outer else await await_with_own_thread(act())
+        if self.is_outer:
+            return await act(), None
+        return await await_with_own_thread(act(), self.restore_this_connection)
 
     async def call_action(self, action: Callable[[M], object], task: M) -> Kept[BaseException | None]:
         """Call a synchronous action; return what it raised, or None."""
@@ -390,13 +406,19 @@ class AsyncAttempt(Attempt[M]):
     async def in_thread_of_action(self, function: Callable[[], T]) -> Kept[T]:
         return await (in_thread if self.is_outer else call_in_own_thread)(function)
 
-    def settle(self, error: BaseException | None) -> Outcome:
-        """Take the steps after the action."""
+    def restore_this_connection(self, error: BaseException | None) -> BaseException | None:
+        """Do so in the thread of the action. In that of the caller it could be a transaction of others."""
         self.engine = engine_for(self.source.using)
+        return self.restore_connection(error)
+
+    def settle(self, error: BaseException | None, is_called: bool = True) -> Outcome:
+        """Take the steps after the action, or give the task back if that was not called."""
+        self.engine = engine_for(self.source.using)
+        if not self.is_started:
+            self.start()
         self.close()
-        if not self.is_outer:
-            error = self.restore_connection(error)
-        outcome = self.record(self.decide(error))
+        release = Outcome("release", self.claim.row.status, error)
+        outcome = self.record(self.decide(error) if is_called else release)
         self.let_its_time_come(outcome)
         return outcome
 
@@ -497,7 +519,8 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
         if not inspect.isasyncgen(result):
             result.close()
         kind = type(result).__name__.replace("_", " ")
-        return TypeError(f"The action {action!r} returned a {kind}, which run() does not run.")
+        cure = " Give arun() the async function itself." if kind == "coroutine" else ""
+        return TypeError(f"The action {action!r} returned a {kind}, which nobody runs.{cure}")
     return None
 
 

@@ -22,7 +22,7 @@ from modelqueue.engines import Claim
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS
-from modelqueue.threads import in_thread
+from modelqueue.threads import NotCalled, in_thread
 
 __all__ = ["arun", "run"]
 
@@ -144,7 +144,10 @@ async def arun(
     if not atomic or canceled is not None:
         return await attempt.arun(action, is_async, canceled)
     run_it = functools.partial(_run_atomic, source, policy, attempt.claim, action)
-    task, canceled = await attempt.in_thread_of_action(run_it)
+    try:
+        task, canceled = await attempt.in_thread_of_action(run_it)
+    except NotCalled as error:
+        return await attempt.give_back(error)
     if canceled is not None:
         raise canceled
     return task
@@ -186,11 +189,11 @@ def _check_atomic(atomic: object) -> None:
 def _next_claim(source: Source[M], policy: Policy) -> Claim[M] | None:
     """Claim the next task; recover those of dead workers when there is nothing else to do, or each second."""
     key = _recovery_key(source)
-    has_recovered = time.monotonic() - _last_recovery.get(key, -_RECOVERY_INTERVAL) >= _RECOVERY_INTERVAL
-    if has_recovered:
+    is_due = time.monotonic() - _last_recovery.get(key, -_RECOVERY_INTERVAL) >= _RECOVERY_INTERVAL
+    if is_due:
         _recover(source, policy, key)
     claims = verbs.claim(source)
-    if not claims and not has_recovered and _recover(source, policy, key):
+    if not claims and not is_due and _recover(source, policy, key):
         claims = verbs.claim(source)
     return claims[0] if claims else None
 

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connections
 
-__all__ = ["Kept", "await_with_own_thread", "call_in_own_thread", "in_thread"]
+__all__ = ["Kept", "NotCalled", "await_with_own_thread", "call_in_own_thread", "in_thread"]
 
 T = TypeVar("T")
 #: What came of it, and the cancellation that arrived meanwhile, which the caller is to raise.
@@ -25,6 +25,10 @@ Kept = tuple[T, "asyncio.CancelledError | None"]
 
 #: Else the context does nothing below `async_to_sync` and within another one.
 _CONTEXT_TAKES_EXECUTOR = "executor" in inspect.signature(ThreadSensitiveContext).parameters  # asgiref 3.13
+
+
+class NotCalled(RuntimeError):  # noqa: N818
+    """There was no thread to call a function in."""
 
 
 async def in_thread(
@@ -39,28 +43,41 @@ async def in_thread(
         executor: one of a single thread.
 
     Raises:
+        asyncio.CancelledError: this was canceled, and the function raised an error.
         BaseException: what the function raised.
+        NotCalled: it was not called.
     """
-    result: Future[T] = Future()
+    ended: Future[tuple[T | None, BaseException | None]] = Future()
     turn = threading.Lock()
 
     def work() -> None:
         if not turn.acquire(blocking=False):
             return
         try:
-            result.set_result(function(*arguments))
+            ended.set_result((function(*arguments), None))
         except BaseException as error:
-            result.set_exception(error)
+            ended.set_result((None, error))
 
     canceled: asyncio.CancelledError | None = None
-    while not result.done():
+    while not ended.done():
         try:
-            # Once more after a cancellation: that of a call which had not begun, or one that comes after it
-            # in the same thread and finds that there is nothing left to do.
-            await sync_to_async(work, thread_sensitive=executor is None, executor=executor)()
+            if turn.locked():
+                await asyncio.wait([asyncio.wrap_future(ended)])
+            else:
+                # Maybe once more, if it was canceled before it had begun: then the second call finds that
+                # there is nothing left to do.
+                await sync_to_async(work, thread_sensitive=executor is None, executor=executor)()
         except asyncio.CancelledError as error:
             canceled = error
-    return result.result(), canceled
+        except RuntimeError as error:  # the system gives no more threads, or is about to end
+            if not turn.locked():
+                raise NotCalled(str(error)) from error
+    result, failure = ended.result()
+    if failure is not None:
+        if canceled is not None and isinstance(failure, Exception):
+            raise canceled from failure
+        raise failure
+    return cast("T", result), canceled
 
 
 async def call_in_own_thread(function: Callable[..., T], *arguments: Any) -> Kept[T]:
@@ -79,11 +96,15 @@ async def call_in_own_thread(function: Callable[..., T], *arguments: Any) -> Kep
         executor.shutdown(wait=False)
 
 
-async def await_with_own_thread(work: Awaitable[T]) -> Kept[T]:
+async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> Kept[T]:
     """Await work whose synchronous parts get a thread of their own, whose connections are closed at the end.
 
     The thread is made when it is needed. With asgiref before 3.13 they stay in the caller's thread below
     `async_to_sync` and in the context of a request.
+
+    Args:
+        then: called with the result, in the thread that was used, before its connections are closed;
+            returns the result.
     """
     used: list[bool] = []
     executor = ThreadPoolExecutor(1, initializer=used.append, initargs=(True,))
@@ -94,9 +115,16 @@ async def await_with_own_thread(work: Awaitable[T]) -> Kept[T]:
             SyncToAsync.context_to_thread_executor[context] = executor
             try:
                 result = await work
+                if used:
+                    result, canceled = await in_thread(then, result, executor=executor)
+                elif not _CONTEXT_TAKES_EXECUTOR:  # perhaps in the caller's thread
+                    result, canceled = await in_thread(then, result)
             finally:
                 if used:
-                    _, canceled = await in_thread(_close_connections, executor=executor)
+                    _, late = await in_thread(_close_connections, executor=executor)
+                    canceled = canceled or late
+                # Else the end of the context waits for it, and may be canceled meanwhile.
+                SyncToAsync.context_to_thread_executor.pop(context, None)
     finally:
         executor.shutdown(wait=False)
     return result, canceled
