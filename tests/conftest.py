@@ -9,10 +9,15 @@ import pytest
 from django.conf import settings
 from django.db import connection
 
-from modelqueue import execution
+from modelqueue import Status, execution
 from tests.processes import Processes
 
 IN_MEMORY = Path("/dev/shm")
+
+
+def pytest_make_parametrize_id(val):
+    """Name a status without its time: in words it is another one a second later, in the other worker."""
+    return val.state.name if isinstance(val, Status) else None
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_stale_worker_does_not_empty_the_text_of_a_failure():
 @endings
 @models
 @pytest.mark.parametrize(
-    "decision", [Status.canceled(), Status.waiting(7), Status.created(), Status.finished(7, 3)], ids=str
+    "decision", [Status.canceled(), Status.waiting(7), Status.created(), Status.finished(7, 3)]
 )
 def test_status_set_by_hand_during_the_action_stands(model, decision, end):
     task = model.objects.create(title="a")
