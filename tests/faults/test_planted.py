@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelqueue import attempts
 from modelqueue.attempts import Attempt
-from modelqueue.engines import Engine, Renewal, base, locking, postgresql
+from modelqueue.engines import Engine, Renewal, base, postgresql, sqlite
 from modelqueue.outcomes import Policy
 from modelqueue.status import Status
 from tests.faults import laboratory
@@ -69,7 +69,7 @@ def claim_stamped_with_the_time_of_now(patch):
     def lease_at(moment, attempts=0):
         return Status.working(moment, attempts)
 
-    for module in (base, locking, postgresql):
+    for module in (base, postgresql, sqlite):
         patch.setattr(module, "lease_at", lease_at)
 
 

@@ -33,9 +33,9 @@ from django.db.models.functions import Greatest
 
 from modelqueue import conf
 from modelqueue.clock import Clock
-from modelqueue.engines.claims import Candidate, Claim, Renewal, Verdict, lease_at
+from modelqueue.engines.claims import Candidate, Claim, Overtaken, Renewal, Verdict, lease_at
 from modelqueue.engines.sessions import Session
-from modelqueue.engines.statements import update_of_row
+from modelqueue.engines.statements import is_one_of, placeholders, update_of_row
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
 from modelqueue.status import Status, priority_to_datetime
@@ -77,13 +77,15 @@ class Engine(Session):
             except Exception as error:
                 if self.is_of_the_database_itself(error):
                     raise
+                logger.debug("%s is claimed step by step.", source.model._meta.label, exc_info=error)
             # A row, or the queryset. Step by step it shows.
         return self._claim_step_by_step(source, clock, limit)
 
     def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
         """Return a faster way to claim from this source, where the database has one.
 
-        It may raise because of a single row or queryset: then the way of the portable engine is gone.
+        It may raise because of a single row or queryset, as long as it has committed nothing: then the way
+        of the portable engine is gone.
         """
         return None
 
@@ -292,9 +294,27 @@ class Engine(Session):
         old: Collection[Status | None],
         values: dict[models.Field[Any, Any], Any],
     ) -> bool:
+        if any(hasattr(field, "get_placeholder") for field in values):  # SQL around a value, to encrypt it
+            rows = source.owner_rows().filter(is_one_of(source.field.name, old), pk=row.key)
+            return rows.update(**{field.name: value for field, value in values.items()}) == 1
         with self.connection.cursor() as cursor:
             self._execute(cursor, *update_of_row(source, row, old, values))
             return bool(cursor.rowcount == 1)
+
+    def _set_leases(self, source: Source[Any], rows: Collection[Candidate], lease: Status) -> None:
+        """Compare and set locked rows at once, or none."""
+        quote, meta = self.connection.ops.quote_name, source.owner._meta
+        table, key, status = map(quote, (meta.db_table, str(meta.pk.column), str(source.field.column)))
+        statuses = {row.status for row in rows}
+        sql = (
+            f"UPDATE {table} SET {status} = %s + {status} %% 10 "  # noqa: S608
+            f"WHERE {key} IN ({placeholders(rows)}) AND {status} IN ({placeholders(statuses)})"
+        )
+        keys = [meta.pk.get_db_prep_save(row.key, self.connection) for row in rows]
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, (int(lease), *keys, *map(int, statuses)))
+            if cursor.rowcount != len(rows):
+                raise Overtaken
 
     def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
         """Send a statement that is ours from its first word to its last."""

@@ -10,7 +10,7 @@ from django.db import models
 
 from modelqueue.status import Status, shifted
 
-__all__ = ["Candidate", "Claim", "Renewal", "Verdict", "lease_at"]
+__all__ = ["Candidate", "Claim", "Overtaken", "Renewal", "Verdict", "lease_at"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -37,6 +37,10 @@ class Claim(Generic[M]):
     """The instance, or None where the row could not be turned into one."""
     error: Exception | None = None
     """Why it could not."""
+
+
+class Overtaken(Exception):  # noqa: N818
+    """What was picked has changed, or does not load, although it is locked."""
 
 
 class Verdict(NamedTuple):

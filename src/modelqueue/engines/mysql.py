@@ -7,7 +7,7 @@ from typing import Any
 from django.db import transaction
 from django.db.utils import Error
 
-from modelqueue.engines.locking import LockingEngine
+from modelqueue.engines.base import Engine
 
 _TRY_AGAIN = {
     1020,  # ER_CHECKREAD: record has changed since last read (MariaDB, snapshot isolation)
@@ -16,7 +16,7 @@ _TRY_AGAIN = {
 }
 
 
-class MySQLEngine(LockingEngine):
+class MySQLEngine(Engine):
     connection: Any  # with attributes of this vendor's own
 
     def is_try_again(self, error: Error) -> bool:

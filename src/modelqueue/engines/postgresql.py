@@ -9,6 +9,9 @@
     UPDATE tasks SET status = lease FROM picked
     WHERE tasks.pk = picked.pk AND tasks.status = picked.status RETURNING ...
 
+Tasks that are more or less than a row of one table are locked by such a SELECT, loaded, and then updated
+together, in one transaction.
+
 Why no two workers get one row: whoever locks it first holds it until the commit, the others skip it, and
 who comes after the commit finds another status (PostgreSQL asks the conditions again of a row that has
 changed since the statement began). ``MATERIALIZED``, as the planner may otherwise run the subquery once
@@ -21,6 +24,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 from django.db import models
@@ -30,13 +34,11 @@ from django.db.utils import Error
 from modelqueue.clock import Clock
 from modelqueue.engines import prepared
 from modelqueue.engines.base import Engine, WayToClaim
-from modelqueue.engines.claims import Candidate, Claim, lease_at
+from modelqueue.engines.claims import Candidate, Claim, Overtaken, lease_at
 from modelqueue.engines.statements import (
-    Selection,
     columns_of,
     has_composite_key,
     is_plain,
-    key_names,
     once,
     select_keys,
 )
@@ -54,10 +56,10 @@ _TRY_AGAIN = {
 _IDLE = 0  # libpq's PQTRANS_IDLE, the same in psycopg 2 and 3
 
 _CLAIM = """
-WITH picked ({names}) AS MATERIALIZED ({keys} FOR NO KEY UPDATE OF {alias} SKIP LOCKED)
-UPDATE {table} SET {status} = %s + picked.status %% 10 FROM picked
-WHERE {table}.{key} = picked.{picked_key} AND {table}.{status} = picked.status
-RETURNING {returning}
+WITH modelqueue_picked (pk, status) AS MATERIALIZED ({keys} FOR NO KEY UPDATE SKIP LOCKED)
+UPDATE {table} SET {status} = %s + modelqueue_picked.status %% 10 FROM modelqueue_picked
+WHERE {table}.{key} = modelqueue_picked.pk AND {table}.{status} = modelqueue_picked.status
+RETURNING modelqueue_picked.pk, modelqueue_picked.status, {columns}
 """
 
 
@@ -73,69 +75,62 @@ class PostgreSQLEngine(Engine):
         """Claim tasks that are rows of one table: the statement returns all there is of them."""
         moment, columns = clock(), columns_of(source)
         keys = select_keys(source, moment, limit)
-        # Inside a transaction of the caller a savepoint, so that it can go on after an error.
-        with self.transaction() if self.is_inside_transaction() else nullcontext():
-            rows = self._claimed_rows(source, keys, moment, columns.sql)
-        lease = lease_at(moment)
-        claims: list[Claim[M]] = []
-        for pk, number, *values in rows:
-            status = Status(number)
-            row = Candidate(pk, pk, status)
-            claims.append(columns.claim(source, row, Status(lease + status.attempts), values))
-        return _in_order(claims)
-
-    def _claim_and_load(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
-        """Claim tasks of any queryset, and load them through it before the commit."""
-        claims: list[Claim[M]] = []
-        gone: list[tuple[Candidate, Status]] = []
-        with self.transaction():
-            while len(claims) < limit:  # again, as a join may have picked a row several times
-                moment = clock()
-                keys = select_keys(source, moment, limit - len(claims))
-                picked = keys.converted(self._claimed_rows(source, keys, moment))
-                rows = [Candidate(pk, key[0] if key else pk, Status(status)) for pk, *key, status in picked]
-                tasks = self._load(source, rows)
-                for row in rows:
-                    task, lease = tasks.get(row.pk), lease_at(moment, row.status.attempts)
-                    if task is None:
-                        gone.append((row, lease))
-                    else:
-                        set_loaded(task, source.field, lease)
-                        claims.append(Claim(row, lease, task))
-                if not rows:
-                    break
-            for row, lease in gone:  # edited since they were picked, and no longer the caller's
-                self.compare_and_set(source, row, [lease], row.status)
-        return _in_order(claims)
-
-    def _claimed_rows(
-        self, source: Source[Any], keys: Selection, moment: dt.datetime, columns: str = ""
-    ) -> list[tuple[Any, ...]]:
         params = (*keys.params, int(lease_at(moment)))
-        with self.connection.cursor() as cursor:
+        # Inside a transaction of the caller a savepoint, so that it can go on after an error.
+        own = self.transaction() if self.is_inside_transaction() else nullcontext()
+        with own, self.connection.cursor() as cursor:
             if source.queryset.query.where:  # with parameters of the caller's own
-                cursor.execute(self._claim_sql(source, keys, columns), params)
+                cursor.execute(self._claim_sql(source, keys.sql, columns.sql), params)
             else:
-                key = ("claim", source.field, keys.sql, columns)
-                sql = once(self.connection, key, lambda: self._claim_sql(source, keys, columns))
-                self._execute(cursor, sql, params)
-            rows: list[tuple[Any, ...]] = cursor.fetchall()
-        return rows
+                name = ("claim", source.field, keys.sql, columns.sql)
+                make = partial(self._claim_sql, source, keys.sql, columns.sql)
+                self._execute(cursor, once(self.connection, name, make), params)
+            rows = cursor.fetchall()
+        claims: list[Claim[M]] = []
+        for key, number, *values in rows:
+            pk, status = columns.key(key), Status(number)
+            claims.append(columns.claim(source, Candidate(pk, pk, status), _lease(moment, status), values))
+        # RETURNING keeps no order.
+        return sorted(claims, key=lambda claim: claim.row.status)
 
-    def _claim_sql(self, source: Source[Any], keys: Selection, columns: str) -> str:
+    def _claim_sql(self, source: Source[Any], keys: str, columns: str) -> str:
         quote = self.connection.ops.quote_name
-        names = (*("pk", "key")[: len(key_names(source))], "status")
-        picked = ", ".join(f"picked.{name}" for name in names)
         return _CLAIM.format(
-            names=", ".join(names),
-            keys=keys.sql,
-            alias=quote(keys.alias),
+            keys=keys,
             table=quote(source.owner._meta.db_table),
             status=quote(str(source.field.column)),
             key=quote(str(source.owner._meta.pk.column)),
-            picked_key=names[-2],
-            returning=f"{picked}, {columns}" if columns else picked,
+            columns=columns,
         )
+
+    def _claim_and_load(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
+        """Claim tasks of any queryset: lock them, load them through it, and set their leases at once."""
+        claims: list[Claim[M]] = []
+        with self.transaction():
+            while len(claims) < limit:  # again, as a join may have picked a row several times
+                moment = clock()
+                picked = self._pick_and_lock(source, moment, limit - len(claims))
+                tasks = self._load(source, picked)
+                loaded = [row for row in picked if row.pk in tasks]
+                if len(loaded) < len(picked):  # what the queryset joins has changed since
+                    raise Overtaken
+                if not loaded:
+                    break
+                self._set_leases(source, loaded, lease_at(moment))
+                for row in loaded:
+                    lease = _lease(moment, row.status)
+                    set_loaded(tasks[row.pk], source.field, lease)
+                    claims.append(Claim(row, lease, tasks[row.pk]))
+        return claims
+
+    def _pick_and_lock(self, source: Source[Any], moment: dt.datetime, limit: int) -> list[Candidate]:
+        keys = select_keys(source, moment, limit)
+        sql = f"{keys.sql} FOR NO KEY UPDATE OF {self.connection.ops.quote_name(keys.alias)} SKIP LOCKED"
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, keys.params)
+            rows = keys.converted(cursor.fetchall())
+        picked = [Candidate(pk, key[0] if key else pk, Status(status)) for pk, *key, status in rows]
+        return list(dict.fromkeys(picked))
 
     def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
         prepared.execute(self.connection, cursor, sql, params)
@@ -153,6 +148,5 @@ class PostgreSQLEngine(Engine):
         return True
 
 
-def _in_order(claims: list[Claim[M]]) -> list[Claim[M]]:
-    # RETURNING keeps no order.
-    return sorted(claims, key=lambda claim: (claim.row.status, claim.row.pk))
+def _lease(moment: dt.datetime, before: Status) -> Status:
+    return lease_at(moment, before.attempts)

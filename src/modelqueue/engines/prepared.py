@@ -32,6 +32,7 @@ _LONGEST = 10.0
 _UNKNOWN = "26000"  # invalid_sql_statement_name
 _KNOWN = "42P05"  # duplicate_prepared_statement
 _OUTDATED = "0A000"  # feature_not_supported: the type of a returned column has changed
+_IMPOSSIBLE = "42"  # syntax errors: parameters that the driver binds on the server have no place in EXECUTE
 
 
 class _Use:
@@ -40,6 +41,11 @@ class _Use:
     def __init__(self) -> None:
         self.times = 0
         self.since: float | None = None
+        self.is_impossible = False
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.times > _WORTH_IT and not self.is_impossible
 
 
 def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
@@ -51,23 +57,25 @@ def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, pa
     use = _use(connection, sql)
     use.times += 1
     is_inside = connection.in_atomic_block or not connection.get_autocommit()
-    if is_inside or use.times <= _WORTH_IT or not conf.get("PREPARED_STATEMENTS"):
+    if is_inside or not use.is_worth_it or not conf.get("PREPARED_STATEMENTS"):
         cursor.execute(sql, params)
         return
     name = _name(sql)
     try:
         if use.since is not None and time.monotonic() - use.since > _LONGEST:
-            cursor.execute(f"DEALLOCATE {name}")
+            _forget(cursor, name)
             use.since = None
         if use.since is None:
             _prepare(cursor, name, sql, params)
             use.since = time.monotonic()
         cursor.execute(f"EXECUTE {name} ({', '.join(['%s'] * len(params))})", params)
     except Error as error:
-        if sqlstate(error) not in (_UNKNOWN, _OUTDATED):
+        state = sqlstate(error) or ""
+        use.is_impossible = state.startswith(_IMPOSSIBLE)
+        if state not in (_UNKNOWN, _OUTDATED) and not use.is_impossible:
             raise
-        if sqlstate(error) == _OUTDATED:
-            cursor.execute(f"DEALLOCATE {name}")
+        if state == _OUTDATED:
+            _forget(cursor, name)
         use.since = None
         cursor.execute(sql, params)
 
@@ -93,6 +101,14 @@ def _prepare(cursor: CursorWrapper, name: str, sql: str, params: Sequence[Any]) 
         cursor.execute(f"PREPARE {name} AS {numbered}")
     except Error as error:
         if sqlstate(error) != _KNOWN:
+            raise
+
+
+def _forget(cursor: CursorWrapper, name: str) -> None:
+    try:
+        cursor.execute(f"DEALLOCATE {name}")
+    except Error as error:
+        if sqlstate(error) != _UNKNOWN:
             raise
 
 

@@ -14,13 +14,27 @@ from __future__ import annotations
 import random
 import sqlite3
 import time
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from django.db import models, transaction
 from django.db.utils import Error
 
-from modelqueue.engines.locking import LockingEngine
+from modelqueue.clock import Clock
+from modelqueue.engines.base import MOST_KEYS, Engine, WayToClaim
+from modelqueue.engines.claims import Candidate, Claim, lease_at
+from modelqueue.engines.statements import (
+    Selection,
+    columns_of,
+    has_composite_key,
+    is_plain,
+    select_keys,
+    select_tasks,
+)
 from modelqueue.source import Source
+from modelqueue.status import Status
+
+M = TypeVar("M", bound=models.Model)
 
 _BUSY, _LOCKED = 5, 6  # the primary result codes SQLITE_BUSY and SQLITE_LOCKED
 
@@ -32,11 +46,44 @@ _NOTICEABLE = 0.001
 _contended_until: dict[str, float] = {}
 
 
-class SQLiteEngine(LockingEngine):
-    lock = ""  # the whole database is locked by then
+class SQLiteEngine(Engine):
+    # Claim
 
-    def _has_lock(self) -> bool:
-        return True
+    def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
+        can = is_plain(source) and not has_composite_key(source.model)
+        return self._claim_under_write_lock if can else None
+
+    def _claim_under_write_lock(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
+        """Claim the first rows, as nobody can change them after they are read.
+
+        Not by one ``UPDATE ... RETURNING``: it can not return the status from before, which giving a task
+        back needs.
+        """
+        # Without a lock first: an idle worker must not keep others from writing.
+        if not self._rows(select_keys(source, clock(), 1)):
+            return []
+        columns = columns_of(source)
+        key, status = (columns.names.index(field.attname) for field in (source.model._meta.pk, source.field))
+        claims: list[Claim[M]] = []
+        with self.transaction():
+            self.take_write_lock(source.field)
+            moment = clock()  # after the wait for the lock, which is not the worker's time
+            for row in self._rows(select_tasks(source, moment, limit)):
+                pk, before = columns.key(row[key]), Status(row[status])
+                lease = lease_at(moment, before.attempts)
+                claims.append(columns.claim(source, Candidate(pk, pk, before), lease, row))
+            picked = iter([claim.row for claim in claims])
+            while part := list(islice(picked, MOST_KEYS)):
+                self._set_leases(source, part, lease_at(moment))
+        return claims
+
+    def _rows(self, selection: Selection) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            cursor.execute(selection.sql, selection.params)
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        return rows
+
+    # Transactions and locks
 
     def transaction(self) -> transaction.Atomic:
         self._began = time.monotonic()

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from django.db import connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Q
 from django.db.models.query import ModelIterable
 
 from modelqueue.engines.claims import Candidate, Claim
@@ -30,9 +31,11 @@ __all__ = [
     "Selection",
     "columns_of",
     "has_composite_key",
+    "is_one_of",
     "is_plain",
     "key_names",
     "once",
+    "placeholders",
     "select_keys",
     "select_tasks",
     "update_of_row",
@@ -75,7 +78,17 @@ def is_plain(source: Source[Any]) -> bool:
 
 
 def has_composite_key(model: type[models.Model]) -> bool:
-    return len(getattr(model._meta, "pk_fields", "1")) > 1  # from Django 5.2
+    return len(getattr(model._meta, "pk_fields", [model._meta.pk])) > 1  # from Django 5.2
+
+
+def placeholders(values: Collection[Any]) -> str:
+    return ", ".join(["%s"] * len(values))
+
+
+def is_one_of(name: str, statuses: Collection[Status | None]) -> Q:
+    """Return the condition that a field has one of these statuses."""
+    condition = Q(**{f"{name}__in": [status for status in statuses if status is not None]})
+    return condition | Q(**{f"{name}__isnull": True}) if None in statuses else condition
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ def _selection(rows: Any, source: Source[Any]) -> Selection:
 def _for_the_moment(
     source: Source[Any], now: dt.datetime, key: tuple[object, ...], make: Callable[[], Selection]
 ) -> Selection:
-    if source.queryset.query.where:
+    if source.queryset.query.where or not is_plain(source):
         return make()
     # All rows of a table: from call to call only the time is another.
     key = ("due", source.model, source.field, *key)
@@ -145,7 +158,8 @@ class Columns(Generic[M]):
         self._compiler: Any = rows.query.get_compiler(using)
         self._compiler.as_sql()  # which finds out what to select
         selected = [column for column, _, _ in self._compiler.select]
-        self._converters = self._compiler.get_converters(selected)
+        self._converters: dict[int, Any] = self._compiler.get_converters(selected)
+        self._key = self._converters.get([column.target for column in selected].index(model._meta.pk))
         self.names = [column.target.attname for column in selected]
         self.sql = ", ".join(sql for _, (sql, _), _ in self._compiler.select)
 
@@ -156,7 +170,17 @@ class Columns(Generic[M]):
         except Exception as error:
             return Claim(row, lease, None, error)
         set_loaded(task, source.field, lease)
-        return Claim(Candidate(task.pk, task.pk, row.status), lease, task)
+        return Claim(row, lease, task)
+
+    def key(self, value: Any) -> Any:
+        """Make Python's value of a primary key of that of the database; the same if that can not be done."""
+        if self._key is None:
+            return value
+        try:
+            ((key,),) = self._compiler.apply_converters([(value,)], {0: self._key})
+        except Exception:  # the row is claimed already
+            return value
+        return key
 
     def instance(self, values: Sequence[Any]) -> M:
         """Make an instance as a queryset would; raises what the model or one of its fields raises."""

@@ -1,0 +1,274 @@
+"""Claims of unusual models and querysets: the fast ways take the same rows as the portable one."""
+
+import pytest
+from django.db import connection, models
+from django.db.models import Exists, F, OuterRef
+from django.test.utils import isolate_apps
+
+import modelqueue
+from modelqueue import State, Status, run, verbs
+from modelqueue.source import Source
+from tests.actions import stored, succeed, unexpected
+from tests.faults.points import fault
+from tests.testapp.models import Attachment, Job, Paper, PrintJob, Project, Task
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def claim(rows, limit=1):
+    return verbs.claim(Source.of(rows, "status"), limit)
+
+
+@pytest.fixture
+def table():
+    """Make the table of a model for one test."""
+    made = []
+
+    def make(model):
+        with connection.schema_editor() as editor:
+            editor.create_model(model)
+        made.append(model)
+        return model
+
+    yield make
+    for model in made:
+        with connection.schema_editor() as editor:
+            editor.delete_model(model)
+
+
+@pytest.fixture
+def schema():
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE SCHEMA elsewhere")
+    yield
+    with connection.cursor() as cursor:
+        cursor.execute("DROP SCHEMA elsewhere CASCADE")
+
+
+# Querysets
+
+
+BY_STATUS = {
+    "joined": (Job, Job.objects.select_related("project").filter(status__state="waiting")),
+    "inherited": (PrintJob, PrintJob.objects.filter(status__lt=Status.minimum("working"))),
+    "deferred": (Job, Job.objects.only("title").filter(status__state="waiting")),
+}
+
+
+@pytest.mark.parametrize("name", BY_STATUS)
+def test_filter_on_the_status_itself_holds_until_the_lease_is_set(name):
+    """Rows are loaded through the queryset while they are waiting: later it would not find them."""
+    model, rows = BY_STATUS[name]
+    for _ in range(3):
+        model.objects.create()
+    assert len(claim(rows, 2)) == 2
+    assert run(rows, "status", succeed).status.state == State.finished
+
+
+def test_filter_for_groups_of_which_no_other_task_is_working():
+    first, second = Project.objects.create(), Project.objects.create()
+    for project in (first, first, second):
+        Job.objects.create(project=project)
+    busy = Job.objects.filter(project=OuterRef("project"), status__state="working")
+    rows = Job.objects.select_related("project").filter(~Exists(busy))
+    claims = [claim(rows), claim(rows), claim(rows)]
+    assert [[one.task.project for one in each] for each in claims] == [[first], [second], []]
+
+
+def test_task_that_its_queryset_does_not_load_is_passed_over(monkeypatch):
+    """Whatever has changed between the pick and the load, a claim ends, and the next task is taken."""
+    hidden, shown = Job.objects.create(), Job.objects.create()
+    rows = Job.objects.select_related("project")
+    load = type(rows).__iter__
+
+    def without_hidden(self):
+        return iter([job for job in load(self) if not (isinstance(job, Job) and job.pk == hidden.pk)])
+
+    monkeypatch.setattr(type(rows), "__iter__", without_hidden)
+    assert [one.task.pk for one in claim(rows)] == [shown.pk]
+    monkeypatch.undo()
+    assert stored(hidden) == hidden.status
+
+
+def test_one_queryset_of_a_model_does_not_change_the_claims_of_another():
+    """What is kept for the next claim of a model is that of all its rows, and of no join."""
+    papers = [Paper.objects.create(), Paper.objects.create()]
+    Attachment.objects.bulk_create([Attachment(paper=papers[0]) for _ in range(3)])
+    claim(Paper.objects.annotate(name=F("attachments__name")))
+    Paper.objects.update(status=Status.waiting(0))
+    assert len(claim(Paper.objects, 2)) == 2
+
+    Paper.objects.update(status=Status.waiting(0))
+    assert claim(Paper.objects.extra(tables=["testapp_ledger"])) == []
+    assert len(claim(Paper.objects, 2)) == 2
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_claim_of_few_locks_no_more_than_those():
+    """MariaDB locks all that it sorts. Other workers would find nothing due meanwhile."""
+    Job.objects.bulk_create([Job() for _ in range(500)])
+    small = Project.objects.create()
+    Job.objects.bulk_create([Job(project=small) for _ in range(5)])
+    other = connection.copy()
+    free = []
+
+    def count_free(connection):
+        with other.cursor() as cursor:
+            cursor.execute("SELECT id FROM testapp_job FOR UPDATE SKIP LOCKED")
+            free.append(len(cursor.fetchall()))
+
+    rows = Job.objects.select_related("project")
+    try:
+        with fault("claim", "before the commit", count_free):
+            assert len(claim(rows.filter(project=small))) == 1
+        with fault("claim", "before the commit", count_free):
+            assert len(claim(rows, 3)) == 3
+    finally:
+        other.close()
+    assert free == [504, 502]
+
+
+# Models
+
+
+class HashedKey(models.Field):
+    """A key that is another one in Python than in the database."""
+
+    def db_type(self, connection):
+        return "varchar(20)"
+
+    def from_db_value(self, value, expression, connection):
+        return f"key-{value}"
+
+    def to_python(self, value):
+        return value
+
+    def get_prep_value(self, value):
+        if value is not None and not value.startswith("key-"):
+            raise TypeError(f"{value!r} is no key")
+        return value and value.removeprefix("key-")
+
+
+class Picky(models.TextField):
+    def from_db_value(self, value, expression, connection):
+        if value == "rotten":
+            raise ValueError("rotten")
+        return value
+
+
+@isolate_apps("tests.testapp")
+def test_key_that_is_another_in_python_also_where_the_row_can_not_be_loaded(table):
+    class HashedTask(models.Model):
+        id = HashedKey(primary_key=True)
+        data = Picky()
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(HashedTask)
+    HashedTask.objects.create(pk="key-a", data="good")
+    HashedTask.objects.create(pk="key-b", data="rotten")
+    tasks = HashedTask.objects.all()
+    assert run(tasks, "status", succeed).pk == "key-a"
+    with pytest.raises(ValueError, match="rotten"):
+        run(tasks, "status", unexpected, retry=0)
+    assert set(tasks.values_list("pk", "status__attempts")) == {("key-a", 1), ("key-b", 1)}
+    assert not tasks.filter(status__state="working").exists()
+
+
+@isolate_apps("tests.testapp")
+def test_keys_without_an_order_are_claimed_together(table):
+    class Key(str):
+        def __lt__(self, other):
+            raise TypeError("no order")
+
+    class KeyField(models.CharField):
+        def from_db_value(self, value, expression, connection):
+            return Key(value)
+
+    class OrderlessTask(models.Model):
+        id = KeyField(primary_key=True, max_length=20)
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(OrderlessTask)
+    for key in "abcd":
+        OrderlessTask.objects.create(pk=key, status=Status.waiting(0))
+    assert len(claim(OrderlessTask.objects, 3)) == 3
+    assert Status.tally(OrderlessTask.objects, "status")["working"] == 3
+
+
+@isolate_apps("tests.testapp")
+def test_table_called_as_the_part_of_a_claim(table):
+    class Picked(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+            db_table = "picked"
+
+    table(Picked)
+    Picked.objects.create()
+    assert run(Picked.objects, "status", succeed).status.state == State.finished
+
+
+@pytest.mark.vendor("postgresql")
+@isolate_apps("tests.testapp")
+def test_table_of_another_schema_is_claimed_from_by_one_statement(schema, table, caplog):
+    class Elsewhere(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+            db_table = 'elsewhere"."tasks'
+
+    table(Elsewhere)
+    Elsewhere.objects.create()
+    with caplog.at_level("DEBUG", "modelqueue"):
+        assert run(Elsewhere.objects, "status", succeed).status.state == State.finished
+    assert "step by step" not in caplog.text
+
+
+@isolate_apps("tests.testapp")
+def test_error_field_that_puts_sql_around_its_value(table):
+    """As one that the database encrypts."""
+
+    class Shouted(modelqueue.ErrorField):
+        def get_placeholder(self, value, compiler, connection):
+            return "UPPER(%s)"
+
+    class ShoutedTask(models.Model):
+        error = Shouted()
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(ShoutedTask)
+    task = ShoutedTask.objects.create()
+
+    def fail(task):
+        raise ValueError("quiet")
+
+    with pytest.raises(ValueError, match="quiet"):
+        run(ShoutedTask.objects, "status", fail, error_field="error")
+    task.refresh_from_db()
+    assert task.error.startswith("BUILTINS.VALUEERROR: QUIET")
+
+
+@pytest.mark.vendor("postgresql")
+def test_parameters_that_the_driver_binds_on_the_server(settings):
+    """They have no place in EXECUTE: what can not be prepared is sent as it is."""
+    Task.objects.bulk_create([Task() for _ in range(20)])
+    options = connection.settings_dict["OPTIONS"]
+    connection.close()
+    connection.settings_dict["OPTIONS"] = {**options, "server_side_binding": True}
+    try:
+        for _ in range(20):
+            assert run(Task.objects, "status", succeed).status.state == State.finished
+    finally:
+        connection.close()
+        connection.settings_dict["OPTIONS"] = options
