@@ -1,9 +1,9 @@
 """The laboratory: workers, humans and mishaps in any order, on a real database, against what must hold.
 
 Hypothesis makes up the order. Several workers claim, renew, end and recover tasks; meanwhile humans edit,
-enqueue, delete; time passes; an operation is held up at a fault point while others go on, loses its connection
-there, or dies with its worker. After each step all rows are read, and each change has to be one that the
-operation which was running may make, see the methods `explain_...`: they are the model. At the end everybody
+enqueue, delete; time passes; an operation is held up at a fault point while others go on, or loses its
+connection there, or dies with its worker. After each step all rows are read, and each change has to be one
+that the operation which was running may make: the methods `explain_...` are the model. At the end everybody
 is dead, and what is left has to be recovered and worked off.
 
 What is assumed, as no queue on this number can do without it:
@@ -102,8 +102,18 @@ class Held:
         return f"claim of {self.pk} by {self.worker}"
 
 
+class RenewedAttempt(Attempt):
+    """That of a worker which has two leases of a task, as it does not know whether its renewal was stored."""
+
+    leases: set[Status]
+
+    @property
+    def held(self):
+        return super().held | self.leases
+
+
 class TickingClock(Clock):
-    """Stands still except that each look at it takes a tenth of a millisecond, so that who waits for it can."""
+    """Stands still, but each look at it takes a tenth of a millisecond, lest who waits for it waits on."""
 
     tick = MILLISECOND / 10
 
@@ -167,13 +177,15 @@ EVENTS = {
 }
 
 
-def events(weights):
-    """What can happen next, each as often as it says here or in `weights`."""
-    made = {}
+def events(weights, faults):
+    """What can happen next, each as often as it says above or in `weights`, with those faults if it can."""
+    made = []
     for name, (weight, arguments) in EVENTS.items():
+        if "fault" in arguments and faults is not None:
+            arguments = {**arguments, "fault": st.sampled_from(faults)}
         event = st.builds(Event, st.just(name), st.fixed_dictionaries(arguments))
-        made[name] = [event] * weights.get(name, weight)
-    return st.sampled_from(list(itertools.chain(*made.values()))).flatmap(lambda event: event)
+        made += [event] * weights.get(name, weight)
+    return st.sampled_from(made).flatmap(lambda event: event)
 
 
 class Laboratory(RuleBasedStateMachine):
@@ -231,6 +243,11 @@ class Laboratory(RuleBasedStateMachine):
         for worker in self.workers:
             worker.operation = None
             worker.claims.clear()
+
+    def happen(self, event):
+        if "fault" in event.arguments and self.who_locks_neighbours():
+            event = Event("resume", {"worker": 0, "fate": GOES_ON})
+        getattr(self, event.name)(**event.arguments)
 
     # Time
 
@@ -299,13 +316,17 @@ class Laboratory(RuleBasedStateMachine):
             return
         worker = self.one_of(able, worker)
         held = worker.claims[min(worker.claims.keys() - locked)]
-        (lease,) = held.leases
+        leases = set(held.leases)
+        if atomic and len(leases) > 1:
+            self.renew(worker.number, None)
+            return
 
         def work(operation):
             # As if the renewals had happened while the action was running.
-            claim = dataclasses.replace(held.claim, lease=lease)
-            set_loaded(claim.task, self.source.field, lease)
-            attempt = (AtomicAttempt if atomic else Attempt)(self.source, POLICY, claim)
+            claim = dataclasses.replace(held.claim, lease=max(leases))
+            set_loaded(claim.task, self.source.field, claim.lease)
+            attempt = (AtomicAttempt if atomic else RenewedAttempt)(self.source, POLICY, claim)
+            attempt.leases = leases
             operation.held = held
             return attempt.run(lambda task: self.act(operation, task))
 
@@ -487,12 +508,15 @@ class Laboratory(RuleBasedStateMachine):
     # Locks: what would wait for a worker that is held up, and may, is not tried
 
     def locks_of(self, operation):
-        if not operation.is_inside_transaction:
+        step, moment = operation.point
+        has_hold = step == "outcome" and operation.atomic
+        is_at_first_statement = moment == "before the statement" and operation.nth == 1 and not has_hold
+        if not operation.is_inside_transaction or is_at_first_statement:
             return set()
         if operation.step == "outcome":
             return {operation.held.pk}
-        if connection.vendor == "mysql":  # it may read a small table from end to end, and lock all it reads
-            return set(self.rows)
+        if connection.vendor == "mysql":
+            return set(self.rows)  # see `who_locks_neighbours`
         if operation.step == "renewal":
             return set(operation.worker.claims)
         states = {"claim": [State.waiting], "recovery": [State.working]}
@@ -508,7 +532,19 @@ class Laboratory(RuleBasedStateMachine):
         }
 
     def can_go_on(self, operation):
+        if self.who_locks_neighbours():
+            return operation.worker in self.who_locks_neighbours()
         return operation.held is None or operation.held.pk not in self.locked(besides=operation)
+
+    def who_locks_neighbours(self):
+        """The workers that are held up while they may lock rows that are not their business.
+
+        On MySQL and MariaDB a locking read of a range of an index locks the entry after its end, too. SKIP
+        LOCKED by primary key does not see that, and the UPDATE of its status waits.
+        """
+        if connection.vendor != "mysql":
+            return []
+        return [w for w in self.held_up() if w.operation.locks and w.operation.step != "outcome"]
 
     # Humans. The clock stands still for them, so that it is known what they write
 
@@ -575,7 +611,7 @@ class Laboratory(RuleBasedStateMachine):
             self.observe()
 
     def attach(self, row):
-        """Insert a child row, whose foreign key has to see that the task stays: on PostgreSQL without a wait."""
+        """Insert a child row. Its foreign key needs the task to stay: on PostgreSQL it waits for no claim."""
         is_free = connection.vendor == "postgresql"
         pk = self.one_of(sorted(self.rows), row) if is_free and self.rows else self.free_row(row)
         if pk is None:
@@ -754,17 +790,25 @@ class Laboratory(RuleBasedStateMachine):
         self.require(children == self.children, STAYS, f"{children}, not {self.children}")
 
 
-def search(examples, steps=30, phases=(Phase.generate, Phase.shrink), derandomize=True, **options):
+def search(
+    examples,
+    steps=30,
+    phases=(Phase.generate, Phase.shrink),
+    derandomize=True,
+    portable=st.booleans(),  # noqa: B008  (a strategy has no state)
+    faults=None,
+    **weights,
+):
     """Search that many orders for one in which an invariant does not hold; raise `Violation` if there is one.
 
     Args:
         derandomize: it is the same search each time.
-        options: `portable` is a strategy that says which engine is taken; for the others see `events`.
+        portable: a strategy that says whether it is the portable engine that is tried.
+        faults, weights: see `events`.
     """
-    portable = options.pop("portable", st.booleans())
 
     def step(laboratory, event):
-        getattr(laboratory, event.name)(**event.arguments)
+        laboratory.happen(event)
 
     limits = settings(
         max_examples=examples,
@@ -780,7 +824,7 @@ def search(examples, steps=30, phases=(Phase.generate, Phase.shrink), derandomiz
         attributes = {
             "crew": crew,
             "begin": initialize(is_portable=portable, count=st.integers(1, 2))(Laboratory.begin),
-            "step": rule(event=events(options))(step),
+            "step": rule(event=events(weights, faults))(step),
         }
         run_state_machine_as_test(type("Laboratory", (Laboratory,), attributes), settings=limits)
 

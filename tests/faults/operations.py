@@ -126,7 +126,7 @@ _here = _Here()
 
 
 def cut(connection):
-    """End a connection. The server rolls back at once, not when it finds out: what comes next is repeatable."""
+    """End a connection. It is rolled back now, not when the server finds out: so all is repeatable."""
     if connection.vendor != "sqlite":
         with suppress(Exception):
             connection.connection.rollback()

@@ -1,4 +1,4 @@
-"""The laboratory finds what it is made for: each fault that is planted here, by the invariant that it breaks."""
+"""The laboratory finds what it is made for: each fault planted here, by the invariant that it breaks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from modelqueue.outcomes import Policy
 from modelqueue.status import Status
 from tests.faults import laboratory
 from tests.faults.laboratory import search
+from tests.faults.operations import IS_HELD_UP
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -119,17 +120,20 @@ no_key = pytest.mark.db_feature("has_select_for_no_key_update")
 #: Claims and outcomes within a millisecond.
 AT_ONCE = {"claim": 12, "end": 16, "time_passes": 1}
 
+#: Operations that have picked their rows, and find them changed when they go on.
+HELD_UP = {"faults": [("before the statement", IS_HELD_UP, 1), None], "time_passes": 9, "resume": 9}
+
 #: Each fault, the invariant that it breaks, and what to try more often than the laboratory does by itself.
 PLANTED = [
     (outcome_without_fence, laboratory.NOT_LATE, {}),
     (claim_stamped_with_the_time_of_now, laboratory.UNIQUE, AT_ONCE),
     (task_given_back_before_the_time_of_its_lease, laboratory.UNIQUE, AT_ONCE),
-    (renewal_by_key_alone, laboratory.NOT_RENEWED, {}),
+    (renewal_by_key_alone, laboratory.NOT_RENEWED, {"renew": 16}),
     (recovery_too_early, laboratory.LIVE, {}),
     (
         recovery_of_what_was_renewed_meanwhile,
         laboratory.LIVE,
-        {"recover": 12, "time_passes": 10, "resume": 9},
+        {**HELD_UP, "recover": 9, "renew": 9},
     ),
     (outcome_by_saving_the_whole_row, laboratory.EDITS, {"claim": 9, "edit": 12, "end": 12}),
     (claim_that_trusts_its_candidates, laboratory.ONE_OWNER, {"claim": 12, "portable": st.just(True)}),
