@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 
 import pytest
@@ -123,26 +122,33 @@ AT_ONCE = {"claim": 12, "end": 16, "time_passes": 1}
 #: Operations that have picked their rows, and find them changed when they go on.
 HELD_UP = {"faults": [("before the statement", IS_HELD_UP, 1), None], "time_passes": 9, "resume": 9}
 
-#: Each fault, the invariant that it breaks, and what to try more often than the laboratory does by itself.
+#: Each fault, the invariants that it can break, and what to try more often than otherwise.
 PLANTED = [
-    (outcome_without_fence, laboratory.NOT_LATE, {}),
-    (claim_stamped_with_the_time_of_now, laboratory.UNIQUE, AT_ONCE),
-    (task_given_back_before_the_time_of_its_lease, laboratory.UNIQUE, AT_ONCE),
-    (renewal_by_key_alone, laboratory.NOT_RENEWED, {"renew": 16}),
-    (recovery_too_early, laboratory.LIVE, {}),
+    (outcome_without_fence, [laboratory.NOT_LATE], {}),
+    (claim_stamped_with_the_time_of_now, [laboratory.UNIQUE], AT_ONCE),
+    (task_given_back_before_the_time_of_its_lease, [laboratory.UNIQUE], AT_ONCE),
+    (renewal_by_key_alone, [laboratory.NOT_RENEWED], {"renew": 16}),
+    (recovery_too_early, [laboratory.LIVE], {}),
     (
         recovery_of_what_was_renewed_meanwhile,
-        laboratory.LIVE,
+        # Where a later lease has expired by then, too, its attempts or its time are undone.
+        [laboratory.LIVE, laboratory.RIGHT, laboratory.FORWARD],
         {**HELD_UP, "recover": 9, "renew": 9},
     ),
-    (outcome_by_saving_the_whole_row, laboratory.EDITS, {"claim": 9, "edit": 12, "end": 12}),
-    (claim_that_trusts_its_candidates, laboratory.ONE_OWNER, {"claim": 12, "portable": st.just(True)}),
-    pytest.param(claim_that_locks_as_a_delete_does, laboratory.NO_WAIT, {"attach": 9}, marks=no_key),
+    (outcome_by_saving_the_whole_row, [laboratory.EDITS], {"claim": 9, "edit": 12, "end": 12}),
+    (
+        claim_that_trusts_its_candidates,
+        # Where the row is waiting again by then, its attempts are undone, or a lease is repeated.
+        [laboratory.ONE_OWNER, laboratory.RIGHT, laboratory.UNIQUE],
+        {"claim": 12, "portable": st.just(True)},
+    ),
+    pytest.param(claim_that_locks_as_a_delete_does, [laboratory.NO_WAIT], {"attach": 9}, marks=no_key),
 ]
 
 
-@pytest.mark.parametrize(("plant", "invariant", "options"), PLANTED)
-def test_planted_fault_is_found(plant, invariant, options, monkeypatch):
+@pytest.mark.parametrize(("plant", "invariants", "options"), PLANTED)
+def test_planted_fault_is_found(plant, invariants, options, monkeypatch):
     plant(monkeypatch)
-    with pytest.raises(laboratory.Violation, match=f"^{re.escape(invariant)}"):
+    with pytest.raises(laboratory.Violation) as found:
         search(MOST_EXAMPLES, phases=[Phase.generate], **options)
+    assert found.value.invariant in invariants
