@@ -7,6 +7,8 @@ import threading
 import pytest
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, connections, transaction
 from django.db.models import F
+from django.db.models.signals import post_save
+from django.db.transaction import TransactionManagementError
 
 from modelqueue import Abort, Cancel, Retry, State, Status, attempts, run, verbs
 from modelqueue.attempts import Attempt
@@ -334,6 +336,213 @@ def test_session_that_ends_during_the_action_is_a_failed_attempt(model, bystande
     assert not Ledger.objects.exists()
 
 
+def test_error_of_the_database_that_the_action_swallowed_is_told_in_plain_words():
+    task = Task.objects.create()
+
+    def break_by_hand(task):
+        write_down(task)
+        with contextlib.suppress(DatabaseError), connection.cursor() as cursor:
+            cursor.execute("SELECT nonsense FROM nowhere")
+
+    def set_rollback(task):
+        write_down(task)
+        transaction.set_rollback(True)
+
+    actions = [set_rollback]
+    if connection.vendor == "postgresql":  # to the others only the statement has failed
+        actions.append(break_by_hand)
+    for attempt, act in enumerate(actions, 1):
+        with pytest.raises(TransactionManagementError, match="went on after an error of the database, or"):
+            run_atomic(Task.objects, act)
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, attempt)
+    assert not Ledger.objects.exists()
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_error_of_the_database_that_a_save_swallowed_is_no_success(atomic):
+    """Django rolls back without a word then, and the row would stay working."""
+    paper = Paper.objects.create(title="a")
+
+    def go_on(instance, **options):
+        if instance.title == "b":
+            with contextlib.suppress(IntegrityError):
+                Task.objects.create(pk=taken.pk)
+
+    def act(paper):
+        paper.title = "b"
+
+    taken = Task.objects.create()
+    post_save.connect(go_on, sender=Paper)
+    try:
+        with (
+            heard("task_finished", "lease_lost") as events,
+            pytest.raises(TransactionManagementError, match="went on after an error of the database, or"),
+        ):
+            run(Paper.objects, "status", act, atomic=atomic)
+    finally:
+        post_save.disconnect(go_on, sender=Paper)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "fail")]
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "a")
+
+
+# What an action does to its transaction
+
+
+def enter_atomic():
+    transaction.atomic().__enter__()
+
+
+def enter_atomic_twice():
+    enter_atomic()
+    transaction.atomic(savepoint=False).__enter__()
+
+
+def enter_and_break():
+    enter_atomic()
+    transaction.set_rollback(True)
+
+
+def enter_and_close():
+    enter_atomic()
+    connection.close()
+
+
+def reconnect():
+    connection.close()
+    connection.connect()
+
+
+def leave_atomic():
+    connection.atomic_blocks[-1].__exit__(None, None, None)
+
+
+def leave_and_enter():
+    leave_atomic()
+    enter_atomic()
+
+
+def others_see(task):
+    """The status that is committed."""
+    seen = []
+
+    def look():
+        try:
+            seen.append(stored(task))
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join(60)
+    return seen[0]
+
+
+@models
+@pytest.mark.parametrize("begin", [enter_atomic, enter_atomic_twice, enter_and_break])
+def test_atomic_that_is_never_left_is_a_failed_attempt(model, begin):
+    paper = model.objects.create(title="a")
+
+    def act(paper):
+        begin()
+        if begin is not enter_and_break:
+            write_down(paper)
+        paper.title = "b"
+
+    with (
+        heard("task_finished", "lease_lost") as events,
+        pytest.raises(TransactionManagementError, match="returned in the middle of a transaction, which was"),
+    ):
+        run_atomic(model.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "fail")]
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert (row(paper).title, Ledger.objects.count()) == ("a", 0)
+    run_atomic(model.objects, write_down)
+    assert others_see(paper).state == State.finished
+    assert Ledger.objects.count() == 1
+
+
+def test_atomic_that_a_save_never_left_is_a_failed_attempt(monkeypatch):
+    paper = ShoutingPaper.objects.create(title="a")
+    save = ShoutingPaper.save
+
+    def save_and_enter(self, *args, **options):
+        monkeypatch.undo()
+        enter_atomic()
+        save(self, *args, **options)
+
+    def act(paper):
+        write_down(paper)
+        paper.title = "b"
+        monkeypatch.setattr(ShoutingPaper, "save", save_and_enter)
+
+    with pytest.raises(TransactionManagementError):
+        run_atomic(ShoutingPaper.objects, act)
+    assert not connection.in_atomic_block
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert (row(paper).title, Ledger.objects.count()) == ("a", 0)
+
+
+def test_error_within_an_atomic_that_is_never_left_is_the_error_that_is_raised():
+    task = Task.objects.create()
+
+    def act(task):
+        enter_atomic()
+        write_down(task)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        run_atomic(Task.objects, act)
+    assert not connection.in_atomic_block
+    assert (others_see(task).state, others_see(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+
+
+ENDED = [connection.close, enter_and_close, reconnect, leave_atomic, leave_and_enter]
+
+
+@pytest.mark.parametrize(
+    "end", ENDED, ids=["close", "enter and close", "reconnect", "leave", "leave and enter"]
+)
+def test_transaction_that_the_action_ended_is_a_failed_attempt(end):
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        end()
+        paper.title = "b"
+
+    with pytest.raises(TransactionManagementError, match="closed its connection, or left the transaction"):
+        run_atomic(Paper.objects, act)
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert row(paper).title == "a"
+    run_atomic(Paper.objects, write_down)
+    assert others_see(paper).state == State.finished
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("begin", [enter_atomic, enter_atomic_twice, enter_and_break])
+def test_atomic_that_is_never_left_spoils_no_transaction_of_the_caller(begin):
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        begin()
+
+    with transaction.atomic():
+        depth = len(connection.savepoint_ids)
+        with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+            run_atomic(Paper.objects, act)
+        assert len(connection.savepoint_ids) == depth
+        assert (stored(paper).state, stored(paper).attempts) == (State.waiting, 1)
+        run_atomic(Paper.objects, succeed)
+    assert (stored(paper).state, stored(paper).attempts) == (State.finished, 2)
+    assert not Ledger.objects.exists()
+
+
 def test_action_that_ends_the_transaction_can_not_finish_what_is_not_its_own(monkeypatch):
     """Its COMMIT has let go of the row; somebody else has taken it since."""
     task = Task.objects.create()
@@ -383,6 +592,34 @@ def test_interruption_in_a_hook_goes_on_after_the_outcome_is_told():
         run_atomic(Paper.objects, lambda paper: transaction.on_commit(leave))
     assert [facts["outcome"] for _, facts in events] == ["finish"]
     assert stored(paper).state == State.finished
+
+
+@pytest.mark.parametrize(
+    "begin", [enter_atomic, lambda: transaction.set_autocommit(False)], ids=["atomic", "off"]
+)
+def test_transaction_that_a_hook_left_open_is_rolled_back(begin, caplog):
+    paper = Paper.objects.create(title="a")
+
+    def begin_and_write():
+        begin()
+        write_down(paper)
+
+    def act(paper):
+        paper.title = "b"
+        transaction.on_commit(begin_and_write)
+
+    with heard("task_finished", "lease_lost") as events:
+        returned = run_atomic(Paper.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert (returned.status, row(paper).title, others_see(paper).state) == (
+        stored(paper),
+        "b",
+        State.finished,
+    )
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert not Ledger.objects.exists()
+    assert "A hook of the commit returned in the middle of a transaction" in caplog.text
 
 
 def test_hook_of_an_attempt_that_was_undone_is_not_called():

@@ -16,8 +16,8 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
 
 from django.db import DatabaseError, models, transaction
@@ -46,6 +46,15 @@ logger = logging.getLogger("modelqueue")
 #: the clock meanwhile, as that may stand still. (Not for how long: a busy machine may take its time.)
 _SOON = dt.timedelta(milliseconds=5)
 _LOOKS = 50
+
+_LEFT_OPEN = (
+    "The action returned in the middle of a transaction, which was rolled back. "
+    "Leave every transaction that an action begins, with atomic() or COMMIT."
+)
+_WENT_ON = (
+    "The action went on after an error of the database, or called set_rollback(True), so what it "
+    "wrote had to be rolled back. Put what may fail into an atomic() of its own."
+)
 
 
 class Attempt(Generic[M]):
@@ -103,10 +112,7 @@ class Attempt(Generic[M]):
             return error
         if self.snapshot is not None:
             self.snapshot.forget_saves()
-        return error or TransactionManagementError(
-            "The action returned in the middle of a transaction, which was rolled back. "
-            "Leave every transaction that an action begins, with atomic() or COMMIT."
-        )
+        return error or TransactionManagementError(_LEFT_OPEN)
 
     def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action so that an error of the database leaves the caller's transaction usable.
@@ -123,10 +129,7 @@ class Attempt(Generic[M]):
         except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
             error = error or aborted
         if is_broken and error is None:
-            error = TransactionManagementError(
-                "The action went on after an error of the database, or called set_rollback(True), so what it "
-                "wrote had to be rolled back. Put what may fail into an atomic() of its own."
-            )
+            error = TransactionManagementError(_WENT_ON)
         return error
 
     # Decide
@@ -244,6 +247,8 @@ class Attempt(Generic[M]):
                     changed = [*changed, column]
                 self.engine.lock_other_tables(source, task)
                 save_merged(task, changed, source.field, source.using)
+                if self.engine.is_aborted():  # Django would roll back without a word
+                    raise TransactionManagementError(_WENT_ON)
                 is_saved_in_full = True
         except Exception as error:
             # A hook that the save() has left for the commit fails after it; the answer to it can get lost.
@@ -408,6 +413,10 @@ class AtomicAttempt(Attempt[M]):
     all. While the transaction is open its lock is the lease: whoever would recover the task passes over it.
     """
 
+    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
+        super().__init__(source, policy, claim)
+        self.is_outer = self.engine.is_inside_transaction()
+
     def run(self, action: Callable[[M], object]) -> M | None:
         if self.task is None:
             return super().run(action)
@@ -425,6 +434,11 @@ class AtomicAttempt(Attempt[M]):
                 return self.lose()
             with opened:
                 outcome = self.succeed(action, task)
+            if not self.is_outer and self.engine.is_inside_transaction():
+                raise TransactionManagementError(
+                    "A hook of the commit returned in the middle of a transaction, which was rolled back. "
+                    "Leave every transaction that a hook begins."
+                )
         except _LostError:
             return self.lose()
         except BaseException as error:
@@ -444,20 +458,41 @@ class AtomicAttempt(Attempt[M]):
 
     def succeed(self, action: Callable[[M], object], task: M) -> Outcome:
         """Act, and write the success; raise whatever is none, so that all is rolled back."""
-        error = _call(action, task)
-        if error is not None:
-            raise error
+        with self.same_transaction():
+            error = _call(action, task)
+            if error is not None:
+                raise error
         outcome = self.decide(None)
         if outcome.error is not None:
             raise outcome.error
         self.keep_leases_unique(outcome)
-        is_written = self.write(outcome, self.snapshot)
+        with self.same_transaction():  # a save() of the model's own may misuse it, too
+            is_written = self.write(outcome, self.snapshot)
         if not (is_written or self.is_saved_by_action(outcome) or self.is_deleted_by_action()):
             raise _LostError  # the action has ended our transaction, and with it the lock
         return outcome
 
+    @contextmanager
+    def same_transaction(self) -> Iterator[None]:
+        """Let code of others do its work in our transaction, and raise if it does not leave it as it was."""
+        mark = self.engine.mark()
+        try:
+            yield
+        finally:
+            was_left_open = self.engine.return_to(mark)
+        if not self.engine.is_at(mark):
+            raise TransactionManagementError(
+                "The action closed its connection, or left the transaction that it ran in, so nobody knows "
+                "what it wrote. With atomic=True leave both alone."
+            )
+        if was_left_open:
+            raise TransactionManagementError(_LEFT_OPEN)
+        if self.engine.is_aborted():
+            raise TransactionManagementError(_WENT_ON)
+
     def fail(self, error: BaseException, succeeded: Outcome | None) -> Outcome:
         """Record, in a transaction of its own, an attempt that was rolled back."""
+        self.restore_own_connection()
         self.undo()
         failed, is_written = self.write_or_fail(self.decide(error))
         if is_written or succeeded is None or not self.is_recorded_despite(error, succeeded):
@@ -471,15 +506,19 @@ class AtomicAttempt(Attempt[M]):
 
     def lose(self) -> Outcome:
         """Tell that somebody has taken the task away before the action could begin, or with its help."""
+        self.restore_own_connection()
         self.undo()
         outcome = Outcome("release", self.claim.row.status)
         self.conclude(outcome, is_written=False)
         return outcome
 
-    def undo(self) -> None:
-        """Make connection and instance what they were before the action."""
-        if not self.engine.is_inside_transaction():
+    def restore_own_connection(self) -> None:
+        """Leave no transaction open, unless it is the caller's."""
+        if not self.is_outer:
             self.engine.restore_connection()
+
+    def undo(self) -> None:
+        """Make the instance what it was before the action."""
         if self.snapshot is not None:
             self.snapshot.undo()
 
