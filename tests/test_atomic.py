@@ -7,10 +7,10 @@ import threading
 import pytest
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, connections, transaction
 from django.db.models import F
-from django.db.models.signals import post_save
+from django.db.models.signals import post_save, pre_save
 from django.db.transaction import TransactionManagementError
 
-from modelqueue import Abort, Cancel, Retry, State, Status, attempts, run, verbs
+from modelqueue import Abort, Cancel, Retry, State, Status, attempts, enqueue, run, verbs
 from modelqueue.attempts import Attempt
 from modelqueue.engines import base, engine_for
 from modelqueue.outcomes import Policy
@@ -297,6 +297,7 @@ def test_commit_whose_answer_was_lost_counts(model, monkeypatch, caplog):
     assert returned.status == stored(paper)
     assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.finished, 1, "b")
     assert Ledger.objects.count() == 1
+    assert returned.title == row(paper).title
     assert "its commit ended with an error" in caplog.text
 
 
@@ -594,6 +595,122 @@ def test_interruption_in_a_hook_goes_on_after_the_outcome_is_told():
     assert stored(paper).state == State.finished
 
 
+def raise_runtime_error():
+    raise RuntimeError("no")
+
+
+@models
+def test_task_keeps_what_was_committed_although_a_hook_failed(model):
+    paper = model.objects.create(title="a", facts={"a": 1})
+
+    def act(paper):
+        paper.title = "b"
+        paper.facts["b"] = 2
+        transaction.on_commit(raise_runtime_error)
+
+    returned = run_atomic(model.objects, act)
+    assert (returned.title, returned.facts) == (row(paper).title, row(paper).facts) == ("b", {"a": 1, "b": 2})
+    returned.pages = 5
+    returned.save()
+    assert (row(paper).title, row(paper).facts, row(paper).pages) == ("b", {"a": 1, "b": 2}, 5)
+    assert stored(paper).state == State.finished
+
+
+def test_what_was_saved_before_a_hook_failed_is_not_to_be_saved_again():
+    job = Job.objects.create()
+
+    def act(job):
+        transaction.on_commit(raise_runtime_error)
+        job.review_status = Status.waiting(5)
+        job.save()
+
+    returned = run_atomic(Job.objects, act)
+    Job.objects.update(review_status=Status.finished(6), status=Status.created(7))
+    returned.save()
+    assert (row(job).review_status, stored(job)) == (Status.finished(6), Status.created(7))
+
+
+def test_hook_may_enqueue_the_task_before_it_fails():
+    task = Task.objects.create()
+
+    def act(task):
+        def enqueue_and_fail():
+            enqueue(Task.objects.filter(pk=task.pk), "status")
+            raise_runtime_error()
+
+        transaction.on_commit(enqueue_and_fail)
+
+    with heard("task_finished", "lease_lost") as events:
+        run_atomic(Task.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert stored(task).state == State.waiting
+
+
+@pytest.fixture
+def status_of_new():
+    """What a receiver of pre_save makes the status of a paper with the title "new"."""
+    status = Status.waiting(7)
+
+    def assign(instance, **options):
+        if instance.title == "new":
+            instance.status = status
+
+    pre_save.connect(assign, sender=Paper)
+    yield status
+    pre_save.disconnect(assign, sender=Paper)
+
+
+@pytest.mark.parametrize("ending", ["hook", "answer"])
+def test_status_of_a_pre_save_was_committed_although_the_commit_ended_with_an_error(
+    ending, status_of_new, monkeypatch
+):
+    paper = Paper.objects.create(title="old")
+
+    def act(paper):
+        paper.title = "new"
+        if ending == "hook":
+            transaction.on_commit(raise_runtime_error)
+        else:
+            lose_answer_of_commit(monkeypatch, is_done=True)
+
+    with heard("task_finished", "lease_lost") as events:
+        returned = run_atomic(Paper.objects, act)
+    assert [(name, facts["status"]) for name, facts in events] == [("task_finished", status_of_new)]
+    assert returned.status == stored(paper) == status_of_new
+    assert returned.title == row(paper).title == "new"
+
+
+@pytest.mark.parametrize("ending", ["hook", "answer"])
+def test_task_that_was_deleted_is_finished_although_the_commit_ended_with_an_error(ending, monkeypatch):
+    Paper.objects.create()
+
+    def act(paper):
+        paper.delete()
+        if ending == "hook":
+            transaction.on_commit(raise_runtime_error)
+        else:
+            lose_answer_of_commit(monkeypatch, is_done=True)
+
+    with heard("task_finished", "lease_lost") as events:
+        assert run_atomic(Paper.objects, act).pk is None
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert not Paper.objects.exists()
+
+
+def test_related_object_is_kept_when_the_answer_of_the_commit_was_lost(monkeypatch):
+    job = Job.objects.create()
+    related = []
+
+    def act(job):
+        related.append(Job._meta.get_field("project").related_model.objects.create(name="new"))
+        job.project = related[0]
+        lose_answer_of_commit(monkeypatch, is_done=True)
+
+    returned = run_atomic(Job.objects, act)
+    assert returned.project is related[0]
+    assert row(job).project == related[0]
+
+
 @pytest.mark.parametrize(
     "begin", [enter_atomic, lambda: transaction.set_autocommit(False)], ids=["atomic", "off"]
 )
@@ -611,11 +728,7 @@ def test_transaction_that_a_hook_left_open_is_rolled_back(begin, caplog):
     with heard("task_finished", "lease_lost") as events:
         returned = run_atomic(Paper.objects, act)
     assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
-    assert (returned.status, row(paper).title, others_see(paper).state) == (
-        stored(paper),
-        "b",
-        State.finished,
-    )
+    assert (returned.title, row(paper).title, others_see(paper).state) == ("b", "b", State.finished)
     assert not connection.in_atomic_block
     assert connection.get_autocommit()
     assert not Ledger.objects.exists()
@@ -841,8 +954,8 @@ def test_try_again_error_of_its_commit_is_an_ordinary_failure(monkeypatch):
     )
     succeed_once = attempts.AtomicAttempt.succeed
 
-    def deadlock(self, action, task):
-        succeed_once(self, action, task)
+    def deadlock(self, *arguments):
+        succeed_once(self, *arguments)
         raise OperationalError("deadlock")
 
     monkeypatch.setattr(attempts.AtomicAttempt, "succeed", deadlock)

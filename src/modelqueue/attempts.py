@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
@@ -80,10 +80,11 @@ class Attempt(Generic[M]):
 
     # Act
 
-    def begin(self, task: M) -> None:
+    def begin(self, task: M) -> Snapshot:
         """Watch the task from here on, and tell that it is claimed."""
-        self.snapshot = Snapshot(task, self.source, self.claim.lease)
+        self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
         self.tell(signals.task_claimed, status=self.claim.lease)
+        return snapshot
 
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action; return what it raised, or None."""
@@ -179,13 +180,16 @@ class Attempt(Generic[M]):
         """Say, and log, whether an outcome was recorded although its writing ended with an error."""
         if self.read() != (True, outcome.status):
             return False
+        self.log_recorded(error)
+        return True
+
+    def log_recorded(self, error: BaseException) -> None:
         logger.error(
             "%s %s: its outcome is recorded, but its commit ended with an error.",
             self.source.model._meta.label,
             self.claim.row.pk,
             exc_info=error,
         )
-        return True
 
     def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
         """Return what to record when the changes of the action can not be saved.
@@ -416,6 +420,8 @@ class AtomicAttempt(Attempt[M]):
     def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
         super().__init__(source, policy, claim)
         self.is_outer = self.engine.is_inside_transaction()
+        #: Has the database said so? It may have committed without our hearing of it.
+        self.is_committed = False
 
     def run(self, action: Callable[[M], object]) -> M | None:
         if self.task is None:
@@ -423,9 +429,9 @@ class AtomicAttempt(Attempt[M]):
         return self.end(self.act_and_record(action, self.task))
 
     def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
-        outcome: Outcome | None = None
+        success: _Success | None = None
         try:
-            self.begin(task)
+            snapshot = self.begin(task)
             try:
                 opened = self.engine.patiently(self.hold, reconnect=True)
             except Error as unavailable:
@@ -433,7 +439,7 @@ class AtomicAttempt(Attempt[M]):
             if opened is None:
                 return self.lose()
             with opened:
-                outcome = self.succeed(action, task)
+                success = self.succeed(action, task, snapshot)
             if not self.is_outer and self.engine.is_inside_transaction():
                 raise TransactionManagementError(
                     "A hook of the commit returned in the middle of a transaction, which was rolled back. "
@@ -442,21 +448,27 @@ class AtomicAttempt(Attempt[M]):
         except _LostError:
             return self.lose()
         except BaseException as error:
-            return self.fail(error, outcome)
+            return self.fail(error, success)
         finally:
             self.close()
-        self.conclude(outcome, is_written=True)
-        return outcome
+        self.conclude(success.outcome, is_written=True)
+        return success.outcome
 
     def hold(self) -> ExitStack | None:
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
         with ExitStack() as stack:
             stack.enter_context(transaction.atomic(using=self.source.using))
             if self.engine.hold(self.source, self.claim.row, self.claim.lease):
+                if not self.is_outer:
+                    # Before any hook of the action, as none is called after one that fails.
+                    transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
                 return stack.pop_all()
         return None
 
-    def succeed(self, action: Callable[[M], object], task: M) -> Outcome:
+    def note_commit(self) -> None:
+        self.is_committed = True
+
+    def succeed(self, action: Callable[[M], object], task: M, snapshot: Snapshot) -> _Success:
         """Act, and write the success; raise whatever is none, so that all is rolled back."""
         with self.same_transaction():
             error = _call(action, task)
@@ -467,10 +479,15 @@ class AtomicAttempt(Attempt[M]):
             raise outcome.error
         self.keep_leases_unique(outcome)
         with self.same_transaction():  # a save() of the model's own may misuse it, too
-            is_written = self.write(outcome, self.snapshot)
-        if not (is_written or self.is_saved_by_action(outcome) or self.is_deleted_by_action()):
+            is_written = self.write(outcome, snapshot)
+        is_deleted = not is_written and self.is_deleted_by_action()
+        if not (is_written or is_deleted or self.is_saved_by_action(outcome)):
             raise _LostError  # the action has ended our transaction, and with it the lock
-        return outcome
+        status = outcome.status
+        if is_saved(task, self.source.field):  # by a save() or a pre_save of the user, instead
+            status = task.__dict__[self.source.field.attname]
+        snapshot.prepare_commit()
+        return _Success(outcome, (False, None) if is_deleted else (True, status), snapshot)
 
     @contextmanager
     def same_transaction(self) -> Iterator[None]:
@@ -490,19 +507,22 @@ class AtomicAttempt(Attempt[M]):
         if self.engine.is_aborted():
             raise TransactionManagementError(_WENT_ON)
 
-    def fail(self, error: BaseException, succeeded: Outcome | None) -> Outcome:
+    def fail(self, error: BaseException, success: _Success | None) -> Outcome:
         """Record, in a transaction of its own, an attempt that was rolled back."""
         self.restore_own_connection()
-        self.undo()
-        failed, is_written = self.write_or_fail(self.decide(error))
-        if is_written or succeeded is None or not self.is_recorded_despite(error, succeeded):
-            self.conclude(failed, is_written)
-            return failed
-        # It was committed: the answer to the commit was lost, or one of its hooks has failed.
-        self.conclude(succeeded, is_written=True)
+        if success is None or not self.is_committed:
+            self.undo()
+            failed, is_written = self.write_or_fail(self.decide(error))
+            if is_written or success is None or self.read() != success.stored:
+                self.conclude(failed, is_written)
+                return failed
+        # It was committed: one of its hooks has failed, or the answer to the commit was lost.
+        success.snapshot.confirm_commit()
+        self.log_recorded(error)
+        self.conclude(success.outcome, is_written=True)
         if not isinstance(error, Exception):
             raise error
-        return succeeded
+        return success.outcome
 
     def lose(self) -> Outcome:
         """Tell that somebody has taken the task away before the action could begin, or with its help."""
@@ -521,6 +541,15 @@ class AtomicAttempt(Attempt[M]):
         """Make the instance what it was before the action."""
         if self.snapshot is not None:
             self.snapshot.undo()
+
+
+class _Success(NamedTuple):
+    """What has come to pass if the transaction is committed."""
+
+    outcome: Outcome
+    stored: tuple[bool, Status | None]
+    """What `read` finds then."""
+    snapshot: Snapshot
 
 
 class _LostError(Exception):
