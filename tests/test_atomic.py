@@ -555,7 +555,7 @@ def test_action_that_ends_the_transaction_can_not_finish_what_is_not_its_own(mon
 
     with heard("task_finished", "lease_lost") as events, contextlib.suppress(DatabaseError):
         run_atomic(Task.objects, act)
-    assert [name for name, _ in events] == ["lease_lost"]
+    assert [(name, facts["outcome"]) for name, facts in events] == [("lease_lost", "finish")]
     assert stored(task) in (Status.created(5), events[0][1]["lease"])
 
 
@@ -759,7 +759,7 @@ def take_away(monkeypatch, status):
     monkeypatch.setattr(attempts.AtomicAttempt, "hold", change_and_hold)
 
 
-def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch):
+def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch, caplog):
     task = Task.objects.create()
     take_away(monkeypatch, Status.canceled(5))
     with heard("task_finished", "lease_lost") as events:
@@ -768,6 +768,8 @@ def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch):
         ("lease_lost", "release", Status.canceled(5))
     ]
     assert returned.status == stored(task) == Status.canceled(5)
+    assert "lease lost, the task was taken away before its action began" in caplog.text
+    assert "longer than the timeout" not in caplog.text
 
 
 def test_lock_that_the_database_refuses_costs_no_attempt(monkeypatch):

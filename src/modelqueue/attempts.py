@@ -437,7 +437,7 @@ class AtomicAttempt(Attempt[M]):
             except Error as unavailable:
                 return self.record(Outcome("release", self.claim.row.status, unavailable))
             if opened is None:
-                return self.lose()
+                return self.lose(Outcome("release", self.claim.row.status))
             with opened:
                 success = self.succeed(action, task, snapshot)
             if not self.is_outer and self.engine.is_inside_transaction():
@@ -445,8 +445,8 @@ class AtomicAttempt(Attempt[M]):
                     "A hook of the commit returned in the middle of a transaction, which was rolled back. "
                     "Leave every transaction that a hook begins."
                 )
-        except _LostError:
-            return self.lose()
+        except _LostError as lost:
+            return self.lose(lost.outcome)
         except BaseException as error:
             return self.fail(error, success)
         finally:
@@ -482,7 +482,7 @@ class AtomicAttempt(Attempt[M]):
             is_written = self.write(outcome, snapshot)
         is_deleted = not is_written and self.is_deleted_by_action()
         if not (is_written or is_deleted or self.is_saved_by_action(outcome)):
-            raise _LostError  # the action has ended our transaction, and with it the lock
+            raise _LostError(outcome)  # the action has ended our transaction, and with it the lock
         status = outcome.status
         if is_saved(task, self.source.field):  # by a save() or a pre_save of the user, instead
             status = task.__dict__[self.source.field.attname]
@@ -524,13 +524,12 @@ class AtomicAttempt(Attempt[M]):
             raise error
         return success.outcome
 
-    def lose(self) -> Outcome:
+    def lose(self, dropped: Outcome) -> Outcome:
         """Tell that somebody has taken the task away before the action could begin, or with its help."""
         self.restore_own_connection()
         self.undo()
-        outcome = Outcome("release", self.claim.row.status)
-        self.conclude(outcome, is_written=False)
-        return outcome
+        self.conclude(dropped, is_written=False)
+        return dropped
 
     def restore_own_connection(self) -> None:
         """Leave no transaction open, unless it is the caller's."""
@@ -554,6 +553,10 @@ class _Success(NamedTuple):
 
 class _LostError(Exception):
     """The row is not under our lease any more, so nothing of the attempt may be committed."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 def _call(action: Callable[[M], object], task: M) -> BaseException | None:
