@@ -7,8 +7,10 @@ import threading
 import pytest
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, connections, transaction
 from django.db.models import F
+from django.db.models.signals import post_save, pre_save
+from django.db.transaction import TransactionManagementError
 
-from modelqueue import Abort, Cancel, Retry, State, Status, attempts, run, verbs
+from modelqueue import Abort, Cancel, Retry, State, Status, attempts, enqueue, run, verbs
 from modelqueue.attempts import Attempt
 from modelqueue.engines import base, engine_for
 from modelqueue.outcomes import Policy
@@ -295,6 +297,7 @@ def test_commit_whose_answer_was_lost_counts(model, monkeypatch, caplog):
     assert returned.status == stored(paper)
     assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.finished, 1, "b")
     assert Ledger.objects.count() == 1
+    assert returned.title == row(paper).title
     assert "its commit ended with an error" in caplog.text
 
 
@@ -334,6 +337,213 @@ def test_session_that_ends_during_the_action_is_a_failed_attempt(model, bystande
     assert not Ledger.objects.exists()
 
 
+def test_error_of_the_database_that_the_action_swallowed_is_told_in_plain_words():
+    task = Task.objects.create()
+
+    def break_by_hand(task):
+        write_down(task)
+        with contextlib.suppress(DatabaseError), connection.cursor() as cursor:
+            cursor.execute("SELECT nonsense FROM nowhere")
+
+    def set_rollback(task):
+        write_down(task)
+        transaction.set_rollback(True)
+
+    actions = [set_rollback]
+    if connection.vendor == "postgresql":  # to the others only the statement has failed
+        actions.append(break_by_hand)
+    for attempt, act in enumerate(actions, 1):
+        with pytest.raises(TransactionManagementError, match="went on after an error of the database, or"):
+            run_atomic(Task.objects, act)
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, attempt)
+    assert not Ledger.objects.exists()
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_error_of_the_database_that_a_save_swallowed_is_no_success(atomic):
+    """Django rolls back without a word then, and the row would stay working."""
+    paper = Paper.objects.create(title="a")
+
+    def go_on(instance, **options):
+        if instance.title == "b":
+            with contextlib.suppress(IntegrityError):
+                Task.objects.create(pk=taken.pk)
+
+    def act(paper):
+        paper.title = "b"
+
+    taken = Task.objects.create()
+    post_save.connect(go_on, sender=Paper)
+    try:
+        with (
+            heard("task_finished", "lease_lost") as events,
+            pytest.raises(TransactionManagementError, match="went on after an error of the database, or"),
+        ):
+            run(Paper.objects, "status", act, atomic=atomic)
+    finally:
+        post_save.disconnect(go_on, sender=Paper)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "fail")]
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "a")
+
+
+# What an action does to its transaction
+
+
+def enter_atomic():
+    transaction.atomic().__enter__()
+
+
+def enter_atomic_twice():
+    enter_atomic()
+    transaction.atomic(savepoint=False).__enter__()
+
+
+def enter_and_break():
+    enter_atomic()
+    transaction.set_rollback(True)
+
+
+def enter_and_close():
+    enter_atomic()
+    connection.close()
+
+
+def reconnect():
+    connection.close()
+    connection.connect()
+
+
+def leave_atomic():
+    connection.atomic_blocks[-1].__exit__(None, None, None)
+
+
+def leave_and_enter():
+    leave_atomic()
+    enter_atomic()
+
+
+def others_see(task):
+    """The status that is committed."""
+    seen = []
+
+    def look():
+        try:
+            seen.append(stored(task))
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join(60)
+    return seen[0]
+
+
+@models
+@pytest.mark.parametrize("begin", [enter_atomic, enter_atomic_twice, enter_and_break])
+def test_atomic_that_is_never_left_is_a_failed_attempt(model, begin):
+    paper = model.objects.create(title="a")
+
+    def act(paper):
+        begin()
+        if begin is not enter_and_break:
+            write_down(paper)
+        paper.title = "b"
+
+    with (
+        heard("task_finished", "lease_lost") as events,
+        pytest.raises(TransactionManagementError, match="returned in the middle of a transaction, which was"),
+    ):
+        run_atomic(model.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "fail")]
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert (row(paper).title, Ledger.objects.count()) == ("a", 0)
+    run_atomic(model.objects, write_down)
+    assert others_see(paper).state == State.finished
+    assert Ledger.objects.count() == 1
+
+
+def test_atomic_that_a_save_never_left_is_a_failed_attempt(monkeypatch):
+    paper = ShoutingPaper.objects.create(title="a")
+    save = ShoutingPaper.save
+
+    def save_and_enter(self, *args, **options):
+        monkeypatch.undo()
+        enter_atomic()
+        save(self, *args, **options)
+
+    def act(paper):
+        write_down(paper)
+        paper.title = "b"
+        monkeypatch.setattr(ShoutingPaper, "save", save_and_enter)
+
+    with pytest.raises(TransactionManagementError):
+        run_atomic(ShoutingPaper.objects, act)
+    assert not connection.in_atomic_block
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert (row(paper).title, Ledger.objects.count()) == ("a", 0)
+
+
+def test_error_within_an_atomic_that_is_never_left_is_the_error_that_is_raised():
+    task = Task.objects.create()
+
+    def act(task):
+        enter_atomic()
+        write_down(task)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        run_atomic(Task.objects, act)
+    assert not connection.in_atomic_block
+    assert (others_see(task).state, others_see(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+
+
+ENDED = [connection.close, enter_and_close, reconnect, leave_atomic, leave_and_enter]
+
+
+@pytest.mark.parametrize(
+    "end", ENDED, ids=["close", "enter and close", "reconnect", "leave", "leave and enter"]
+)
+def test_transaction_that_the_action_ended_is_a_failed_attempt(end):
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        end()
+        paper.title = "b"
+
+    with pytest.raises(TransactionManagementError, match="closed its connection, or left the transaction"):
+        run_atomic(Paper.objects, act)
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)
+    assert row(paper).title == "a"
+    run_atomic(Paper.objects, write_down)
+    assert others_see(paper).state == State.finished
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("begin", [enter_atomic, enter_atomic_twice, enter_and_break])
+def test_atomic_that_is_never_left_spoils_no_transaction_of_the_caller(begin):
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        begin()
+
+    with transaction.atomic():
+        depth = len(connection.savepoint_ids)
+        with pytest.raises(TransactionManagementError, match="returned in the middle of a transaction"):
+            run_atomic(Paper.objects, act)
+        assert len(connection.savepoint_ids) == depth
+        assert (stored(paper).state, stored(paper).attempts) == (State.waiting, 1)
+        run_atomic(Paper.objects, succeed)
+    assert (stored(paper).state, stored(paper).attempts) == (State.finished, 2)
+    assert not Ledger.objects.exists()
+
+
 def test_action_that_ends_the_transaction_can_not_finish_what_is_not_its_own(monkeypatch):
     """Its COMMIT has let go of the row; somebody else has taken it since."""
     task = Task.objects.create()
@@ -345,7 +555,7 @@ def test_action_that_ends_the_transaction_can_not_finish_what_is_not_its_own(mon
 
     with heard("task_finished", "lease_lost") as events, contextlib.suppress(DatabaseError):
         run_atomic(Task.objects, act)
-    assert [name for name, _ in events] == ["lease_lost"]
+    assert [(name, facts["outcome"]) for name, facts in events] == [("lease_lost", "finish")]
     assert stored(task) in (Status.created(5), events[0][1]["lease"])
 
 
@@ -385,6 +595,146 @@ def test_interruption_in_a_hook_goes_on_after_the_outcome_is_told():
     assert stored(paper).state == State.finished
 
 
+def raise_runtime_error():
+    raise RuntimeError("no")
+
+
+@models
+def test_task_keeps_what_was_committed_although_a_hook_failed(model):
+    paper = model.objects.create(title="a", facts={"a": 1})
+
+    def act(paper):
+        paper.title = "b"
+        paper.facts["b"] = 2
+        transaction.on_commit(raise_runtime_error)
+
+    returned = run_atomic(model.objects, act)
+    assert (returned.title, returned.facts) == (row(paper).title, row(paper).facts) == ("b", {"a": 1, "b": 2})
+    returned.pages = 5
+    returned.save()
+    assert (row(paper).title, row(paper).facts, row(paper).pages) == ("b", {"a": 1, "b": 2}, 5)
+    assert stored(paper).state == State.finished
+
+
+def test_what_was_saved_before_a_hook_failed_is_not_to_be_saved_again():
+    job = Job.objects.create()
+
+    def act(job):
+        transaction.on_commit(raise_runtime_error)
+        job.review_status = Status.waiting(5)
+        job.save()
+
+    returned = run_atomic(Job.objects, act)
+    Job.objects.update(review_status=Status.finished(6), status=Status.created(7))
+    returned.save()
+    assert (row(job).review_status, stored(job)) == (Status.finished(6), Status.created(7))
+
+
+def test_hook_may_enqueue_the_task_before_it_fails():
+    task = Task.objects.create()
+
+    def act(task):
+        def enqueue_and_fail():
+            enqueue(Task.objects.filter(pk=task.pk), "status")
+            raise_runtime_error()
+
+        transaction.on_commit(enqueue_and_fail)
+
+    with heard("task_finished", "lease_lost") as events:
+        run_atomic(Task.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert stored(task).state == State.waiting
+
+
+@pytest.fixture
+def status_of_new():
+    """What a receiver of pre_save makes the status of a paper with the title "new"."""
+    status = Status.waiting(7)
+
+    def assign(instance, **options):
+        if instance.title == "new":
+            instance.status = status
+
+    pre_save.connect(assign, sender=Paper)
+    yield status
+    pre_save.disconnect(assign, sender=Paper)
+
+
+@pytest.mark.parametrize("ending", ["hook", "answer"])
+def test_status_of_a_pre_save_was_committed_although_the_commit_ended_with_an_error(
+    ending, status_of_new, monkeypatch
+):
+    paper = Paper.objects.create(title="old")
+
+    def act(paper):
+        paper.title = "new"
+        if ending == "hook":
+            transaction.on_commit(raise_runtime_error)
+        else:
+            lose_answer_of_commit(monkeypatch, is_done=True)
+
+    with heard("task_finished", "lease_lost") as events:
+        returned = run_atomic(Paper.objects, act)
+    assert [(name, facts["status"]) for name, facts in events] == [("task_finished", status_of_new)]
+    assert returned.status == stored(paper) == status_of_new
+    assert returned.title == row(paper).title == "new"
+
+
+@pytest.mark.parametrize("ending", ["hook", "answer"])
+def test_task_that_was_deleted_is_finished_although_the_commit_ended_with_an_error(ending, monkeypatch):
+    Paper.objects.create()
+
+    def act(paper):
+        paper.delete()
+        if ending == "hook":
+            transaction.on_commit(raise_runtime_error)
+        else:
+            lose_answer_of_commit(monkeypatch, is_done=True)
+
+    with heard("task_finished", "lease_lost") as events:
+        assert run_atomic(Paper.objects, act).pk is None
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert not Paper.objects.exists()
+
+
+def test_related_object_is_kept_when_the_answer_of_the_commit_was_lost(monkeypatch):
+    job = Job.objects.create()
+    related = []
+
+    def act(job):
+        related.append(Job._meta.get_field("project").related_model.objects.create(name="new"))
+        job.project = related[0]
+        lose_answer_of_commit(monkeypatch, is_done=True)
+
+    returned = run_atomic(Job.objects, act)
+    assert returned.project is related[0]
+    assert row(job).project == related[0]
+
+
+@pytest.mark.parametrize(
+    "begin", [enter_atomic, lambda: transaction.set_autocommit(False)], ids=["atomic", "off"]
+)
+def test_transaction_that_a_hook_left_open_is_rolled_back(begin, caplog):
+    paper = Paper.objects.create(title="a")
+
+    def begin_and_write():
+        begin()
+        write_down(paper)
+
+    def act(paper):
+        paper.title = "b"
+        transaction.on_commit(begin_and_write)
+
+    with heard("task_finished", "lease_lost") as events:
+        returned = run_atomic(Paper.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert (returned.title, row(paper).title, others_see(paper).state) == ("b", "b", State.finished)
+    assert not connection.in_atomic_block
+    assert connection.get_autocommit()
+    assert not Ledger.objects.exists()
+    assert "A hook of the commit returned in the middle of a transaction" in caplog.text
+
+
 def test_hook_of_an_attempt_that_was_undone_is_not_called():
     Task.objects.create()
 
@@ -409,7 +759,7 @@ def take_away(monkeypatch, status):
     monkeypatch.setattr(attempts.AtomicAttempt, "hold", change_and_hold)
 
 
-def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch):
+def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch, caplog):
     task = Task.objects.create()
     take_away(monkeypatch, Status.canceled(5))
     with heard("task_finished", "lease_lost") as events:
@@ -418,6 +768,8 @@ def test_action_does_not_begin_on_a_task_that_was_taken_away(monkeypatch):
         ("lease_lost", "release", Status.canceled(5))
     ]
     assert returned.status == stored(task) == Status.canceled(5)
+    assert "lease lost, the task was taken away before its action began" in caplog.text
+    assert "longer than the timeout" not in caplog.text
 
 
 def test_lock_that_the_database_refuses_costs_no_attempt(monkeypatch):
@@ -604,8 +956,8 @@ def test_try_again_error_of_its_commit_is_an_ordinary_failure(monkeypatch):
     )
     succeed_once = attempts.AtomicAttempt.succeed
 
-    def deadlock(self, action, task):
-        succeed_once(self, action, task)
+    def deadlock(self, *arguments):
+        succeed_once(self, *arguments)
         raise OperationalError("deadlock")
 
     monkeypatch.setattr(attempts.AtomicAttempt, "succeed", deadlock)

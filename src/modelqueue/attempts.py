@@ -16,9 +16,9 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
@@ -47,6 +47,15 @@ logger = logging.getLogger("modelqueue")
 _SOON = dt.timedelta(milliseconds=5)
 _LOOKS = 50
 
+_LEFT_OPEN = (
+    "The action returned in the middle of a transaction, which was rolled back. "
+    "Leave every transaction that an action begins, with atomic() or COMMIT."
+)
+_WENT_ON = (
+    "The action went on after an error of the database, or called set_rollback(True), so what it "
+    "wrote had to be rolled back. Put what may fail into an atomic() of its own."
+)
+
 
 class Attempt(Generic[M]):
     """A claimed task and what becomes of it: the steps in the order in which they are taken."""
@@ -71,10 +80,11 @@ class Attempt(Generic[M]):
 
     # Act
 
-    def begin(self, task: M) -> None:
+    def begin(self, task: M) -> Snapshot:
         """Watch the task from here on, and tell that it is claimed."""
-        self.snapshot = Snapshot(task, self.source, self.claim.lease)
+        self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
         self.tell(signals.task_claimed, status=self.claim.lease)
+        return snapshot
 
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action; return what it raised, or None."""
@@ -103,10 +113,7 @@ class Attempt(Generic[M]):
             return error
         if self.snapshot is not None:
             self.snapshot.forget_saves()
-        return error or TransactionManagementError(
-            "The action returned in the middle of a transaction, which was rolled back. "
-            "Leave every transaction that an action begins, with atomic() or COMMIT."
-        )
+        return error or TransactionManagementError(_LEFT_OPEN)
 
     def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action so that an error of the database leaves the caller's transaction usable.
@@ -123,10 +130,7 @@ class Attempt(Generic[M]):
         except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
             error = error or aborted
         if is_broken and error is None:
-            error = TransactionManagementError(
-                "The action went on after an error of the database, or called set_rollback(True), so what it "
-                "wrote had to be rolled back. Put what may fail into an atomic() of its own."
-            )
+            error = TransactionManagementError(_WENT_ON)
         return error
 
     # Decide
@@ -176,13 +180,16 @@ class Attempt(Generic[M]):
         """Say, and log, whether an outcome was recorded although its writing ended with an error."""
         if self.read() != (True, outcome.status):
             return False
+        self.log_recorded(error)
+        return True
+
+    def log_recorded(self, error: BaseException) -> None:
         logger.error(
             "%s %s: its outcome is recorded, but its commit ended with an error.",
             self.source.model._meta.label,
             self.claim.row.pk,
             exc_info=error,
         )
-        return True
 
     def without_changes(self, outcome: Outcome, error: BaseException) -> Outcome:
         """Return what to record when the changes of the action can not be saved.
@@ -244,6 +251,8 @@ class Attempt(Generic[M]):
                     changed = [*changed, column]
                 self.engine.lock_other_tables(source, task)
                 save_merged(task, changed, source.field, source.using)
+                if self.engine.is_aborted():  # Django would roll back without a word
+                    raise TransactionManagementError(_WENT_ON)
                 is_saved_in_full = True
         except Exception as error:
             # A hook that the save() has left for the commit fails after it; the answer to it can get lost.
@@ -430,84 +439,146 @@ class AtomicAttempt(Attempt[M]):
     all. While the transaction is open its lock is the lease: whoever would recover the task passes over it.
     """
 
+    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
+        super().__init__(source, policy, claim)
+        self.is_outer = self.engine.is_inside_transaction()
+        #: Has the database said so? It may have committed without our hearing of it.
+        self.is_committed = False
+
     def run(self, action: Callable[[M], object]) -> M | None:
         if self.task is None:
             return super().run(action)
         return self.end(self.act_and_record(action, self.task))
 
     def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
-        outcome: Outcome | None = None
+        success: _Success | None = None
         try:
-            self.begin(task)
+            snapshot = self.begin(task)
             try:
                 opened = self.engine.patiently(self.hold, reconnect=True)
             except Error as unavailable:
                 return self.record(Outcome("release", self.claim.row.status, unavailable))
             if opened is None:
-                return self.lose()
+                return self.lose(Outcome("release", self.claim.row.status))
             with opened:
-                outcome = self.succeed(action, task)
-        except _LostError:
-            return self.lose()
+                success = self.succeed(action, task, snapshot)
+            if not self.is_outer and self.engine.is_inside_transaction():
+                raise TransactionManagementError(
+                    "A hook of the commit returned in the middle of a transaction, which was rolled back. "
+                    "Leave every transaction that a hook begins."
+                )
+        except _LostError as lost:
+            return self.lose(lost.outcome)
         except BaseException as error:
-            return self.fail(error, outcome)
+            return self.fail(error, success)
         finally:
             self.close()
-        self.conclude(outcome, is_written=True)
-        return outcome
+        self.conclude(success.outcome, is_written=True)
+        return success.outcome
 
     def hold(self) -> ExitStack | None:
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
         with ExitStack() as stack:
             stack.enter_context(transaction.atomic(using=self.source.using))
             if self.engine.hold(self.source, self.claim.row, self.claim.lease):
+                if not self.is_outer:
+                    # Before any hook of the action, as none is called after one that fails.
+                    transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
                 return stack.pop_all()
         return None
 
-    def succeed(self, action: Callable[[M], object], task: M) -> Outcome:
+    def note_commit(self) -> None:
+        self.is_committed = True
+
+    def succeed(self, action: Callable[[M], object], task: M, snapshot: Snapshot) -> _Success:
         """Act, and write the success; raise whatever is none, so that all is rolled back."""
-        error = _call(action, task)
-        if error is not None:
-            raise error
+        with self.same_transaction():
+            error = _call(action, task)
+            if error is not None:
+                raise error
         outcome = self.decide(None)
         if outcome.error is not None:
             raise outcome.error
         self.keep_leases_unique(outcome)
-        is_written = self.write(outcome, self.snapshot)
-        if not (is_written or self.is_saved_by_action(outcome) or self.is_deleted_by_action()):
-            raise _LostError  # the action has ended our transaction, and with it the lock
-        return outcome
+        with self.same_transaction():  # a save() of the model's own may misuse it, too
+            is_written = self.write(outcome, snapshot)
+        is_deleted = not is_written and self.is_deleted_by_action()
+        if not (is_written or is_deleted or self.is_saved_by_action(outcome)):
+            raise _LostError(outcome)  # the action has ended our transaction, and with it the lock
+        status = outcome.status
+        if is_saved(task, self.source.field):  # by a save() or a pre_save of the user, instead
+            status = task.__dict__[self.source.field.attname]
+        snapshot.prepare_commit()
+        return _Success(outcome, (False, None) if is_deleted else (True, status), snapshot)
 
-    def fail(self, error: BaseException, succeeded: Outcome | None) -> Outcome:
+    @contextmanager
+    def same_transaction(self) -> Iterator[None]:
+        """Let code of others do its work in our transaction, and raise if it does not leave it as it was."""
+        mark = self.engine.mark()
+        try:
+            yield
+        finally:
+            was_left_open = self.engine.return_to(mark)
+        if not self.engine.is_at(mark):
+            raise TransactionManagementError(
+                "The action closed its connection, or left the transaction that it ran in, so nobody knows "
+                "what it wrote. With atomic=True leave both alone."
+            )
+        if was_left_open:
+            raise TransactionManagementError(_LEFT_OPEN)
+        if self.engine.is_aborted():
+            raise TransactionManagementError(_WENT_ON)
+
+    def fail(self, error: BaseException, success: _Success | None) -> Outcome:
         """Record, in a transaction of its own, an attempt that was rolled back."""
-        self.undo()
-        failed, is_written = self.write_or_fail(self.decide(error))
-        if is_written or succeeded is None or not self.is_recorded_despite(error, succeeded):
-            self.conclude(failed, is_written)
-            return failed
-        # It was committed: the answer to the commit was lost, or one of its hooks has failed.
-        self.conclude(succeeded, is_written=True)
+        self.restore_own_connection()
+        if success is None or not self.is_committed:
+            self.undo()
+            failed, is_written = self.write_or_fail(self.decide(error))
+            if is_written or success is None or self.read() != success.stored:
+                self.conclude(failed, is_written)
+                return failed
+        # It was committed: one of its hooks has failed, or the answer to the commit was lost.
+        success.snapshot.confirm_commit()
+        self.log_recorded(error)
+        self.conclude(success.outcome, is_written=True)
         if not isinstance(error, Exception):
             raise error
-        return succeeded
+        return success.outcome
 
-    def lose(self) -> Outcome:
+    def lose(self, dropped: Outcome) -> Outcome:
         """Tell that somebody has taken the task away before the action could begin, or with its help."""
+        self.restore_own_connection()
         self.undo()
-        outcome = Outcome("release", self.claim.row.status)
-        self.conclude(outcome, is_written=False)
-        return outcome
+        self.conclude(dropped, is_written=False)
+        return dropped
+
+    def restore_own_connection(self) -> None:
+        """Leave no transaction open, unless it is the caller's."""
+        if not self.is_outer:
+            self.engine.restore_connection()
 
     def undo(self) -> None:
-        """Make connection and instance what they were before the action."""
-        if not self.engine.is_inside_transaction():
-            self.engine.restore_connection()
+        """Make the instance what it was before the action."""
         if self.snapshot is not None:
             self.snapshot.undo()
 
 
+class _Success(NamedTuple):
+    """What has come to pass if the transaction is committed."""
+
+    outcome: Outcome
+    stored: tuple[bool, Status | None]
+    """What `read` finds then."""
+    snapshot: Snapshot
+
+
 class _LostError(Exception):
     """The row is not under our lease any more, so nothing of the attempt may be committed."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 def _call(action: Callable[[M], object], task: M) -> BaseException | None:

@@ -42,6 +42,8 @@ class Snapshot:
         self._layers: list[tuple[Saved | None, dict[str, Any]]] = [
             (None, self._copy_of(_loaded_fields(instance)))
         ]
+        self._standing: list[Saved] = []
+        self._undone: dict[str, Any] | None = None
         instance.__dict__[WATCHER] = self
 
     def close(self) -> None:
@@ -78,8 +80,11 @@ class Snapshot:
 
     def undo(self) -> None:
         """Give the instance its values from the claim back: what the action did was rolled back."""
-        self.forget_saves()
         instance = self._instance
+        self._undone = dict(instance.__dict__)
+        instance._state = copy.copy(instance._state)
+        instance._state.fields_cache = dict(instance._state.fields_cache)
+        self.forget_saves()
         field: Any
         for field in _loaded_fields(instance):
             before = self._layers[0][1].get(field.attname, _UNREAD)
@@ -90,6 +95,22 @@ class Snapshot:
                 field.delete_cached_value(instance)
         instance._state.adding = False
         instance._state.db = self._using
+
+    def prepare_commit(self) -> None:
+        """Remember which saves stand now, just before the commit."""
+        self._standing = [saved for saved, _ in self._layers if saved is not None and saved.stands]
+
+    def confirm_commit(self) -> None:
+        """What stood at `prepare_commit` is committed, so take back an `undo` that was in vain.
+
+        The hooks by which Django tells that are not called after one that fails, nor when the answer to
+        the commit is lost.
+        """
+        for saved in self._standing:
+            saved.is_committed = True
+        if self._undone is not None:
+            self._instance.__dict__.clear()
+            self._instance.__dict__.update(self._undone)
 
     def _copy_of(self, fields: Fields) -> dict[str, Any]:
         return {field.attname: _copied(self._instance.__dict__[field.attname]) for field in fields}

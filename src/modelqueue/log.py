@@ -41,10 +41,13 @@ def log_recovered(sender: type[Model], **facts: Any) -> None:
 
 
 def log_lease_lost(sender: type[Model], **facts: Any) -> None:
-    text = (
-        f"lease lost, its outcome {facts['outcome']} is dropped; the action took longer than the timeout, "
-        "or somebody changed the status or deleted the row meanwhile"
-    )
+    if facts["outcome"] == "release" and facts["error"] is None:  # nobody asked for it to be given back
+        text = "lease lost, the task was taken away before its action began"
+    else:
+        text = (
+            f"lease lost, its outcome {facts['outcome']} is dropped; the action took longer than the "
+            "timeout, or somebody changed the status or deleted the row meanwhile"
+        )
     _log(logging.WARNING, "lease_lost", text, sender, facts)
 
 

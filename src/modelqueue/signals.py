@@ -38,7 +38,7 @@ task_recovered = Signal()
 #:
 #: ``task``: the instance; ``lease``: the `Status` that the worker held; ``status``: the one that stands
 #: in the row now (None: the row is gone or out of the queue); ``outcome``, ``error``: as in
-#: `task_finished`, of the attempt that was dropped.
+#: `task_finished`, of the attempt that was dropped (``"release"`` and None: its action was not called).
 lease_lost = Signal()
 
 

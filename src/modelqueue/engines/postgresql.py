@@ -53,7 +53,9 @@ _TRY_AGAIN = {
     "40P01",  # deadlock_detected
     "55P03",  # lock_not_available
 }
-_IDLE = 0  # libpq's PQTRANS_IDLE, the same in psycopg 2 and 3
+# libpq's PQTRANS_IDLE and PQTRANS_INERROR, the same in psycopg 2 and 3
+_IDLE = 0
+_ABORTED = 3
 
 _CLAIM = """
 WITH modelqueue_picked (pk, status) AS MATERIALIZED ({keys} FOR NO KEY UPDATE SKIP LOCKED)
@@ -139,6 +141,10 @@ class PostgreSQLEngine(Engine):
 
     def is_try_again(self, error: Error) -> bool:
         return prepared.sqlstate(error) in _TRY_AGAIN
+
+    def is_aborted(self) -> bool:
+        # Django notes the errors of its own atomic() and save() alone, PostgreSQL refuses after any.
+        return super().is_aborted() or self.connection.connection.info.transaction_status == _ABORTED
 
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.db import InterfaceError, OperationalError, connections, transaction
+from django.db.transaction import TransactionManagementError
 from django.db.utils import Error
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["PATIENCE", "Session"]
 
 T = TypeVar("T")
+
+#: A session with the database, and the atomic() blocks that are open in it, the outermost first.
+Mark = tuple[Any, "list[transaction.Atomic]"]
 
 #: Seconds for which "try again" errors are retried.
 PATIENCE = 30.0
@@ -43,6 +47,26 @@ class Session:
         self._has_lost_connection = False
 
     # Transactions
+
+    def mark(self) -> Mark:
+        """Return in which transaction the connection is: its session, and each atomic() around."""
+        return self.connection.connection, list(self.connection.atomic_blocks)
+
+    def return_to(self, mark: Mark) -> bool:
+        """Roll back each atomic() that was entered since and never left; return whether there was one."""
+        open_blocks, (_, known) = self.connection.atomic_blocks, mark
+        left_open = open_blocks[len(known) :] if open_blocks[: len(known)] == known else []
+        for block in reversed(left_open):
+            block.__exit__(TransactionManagementError, TransactionManagementError(), None)
+        return bool(left_open)
+
+    def is_at(self, mark: Mark) -> bool:
+        """Say whether the transaction is still the same one, and as deep, as far as Django knows."""
+        return not self.connection.closed_in_transaction and self.mark() == mark
+
+    def is_aborted(self) -> bool:
+        """Say whether the open transaction can only be rolled back."""
+        return self.connection.needs_rollback
 
     def transaction(self) -> transaction.Atomic:
         """Return the context manager for one short transaction of ours."""
