@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "build" / "coverage"
 #: The engine of two versions of a server is one: it is killed and cut off on the newer one.
 TWIN = "postgres15"
+FAULTS = "--ignore=tests/faults"
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             with servers.start(name) as server:
-                without = ["--ignore=tests/faults"] if is_whole and name == TWIN else []
+                without = [FAULTS] if is_whole and name == TWIN and FAULTS not in arguments else []
                 code = run(name, server, options.engine, [*arguments, *without])
         except servers.Unavailable as reason:
             results[name] = f"not run: {reason}"

@@ -478,7 +478,9 @@ def test_atomic_that_a_save_never_left_is_a_failed_attempt(monkeypatch):
         paper.title = "b"
         monkeypatch.setattr(ShoutingPaper, "save", save_and_enter)
 
-    with pytest.raises(TransactionManagementError):
+    with pytest.raises(
+        TransactionManagementError, match="The action returned in the middle of a transaction"
+    ):
         run_atomic(ShoutingPaper.objects, act)
     assert not connection.in_atomic_block
     assert (others_see(paper).state, others_see(paper).attempts) == (State.waiting, 1)

@@ -14,7 +14,7 @@ def lines(plain, atomic=None):
     found = []
     for is_atomic, table in ((False, plain), (True, atomic or {})):
         for (step, moment), expected in table.items():
-            for model in MODELS if step in ("hold", "action", "outcome") else MODELS[:1]:
+            for model in MODELS if step == "outcome" else MODELS[:1]:
                 if (model, is_atomic, step, moment) == (Task, False, "outcome", "before the commit"):
                     continue  # an UPDATE in autocommit has no such moment
                 name = f"{'atomic ' * is_atomic}{model.__name__}, {step}, {moment}"

@@ -14,4 +14,4 @@ EXAMPLES = int(os.environ.get("MODELQUEUE_EXAMPLES", "0"))
 
 @pytest.mark.timeout(600 + EXAMPLES)  # a failure is made smaller for up to five minutes
 def test_all_invariants_hold():
-    search(EXAMPLES or 150, derandomize=not EXAMPLES)
+    search(EXAMPLES or 60, derandomize=not EXAMPLES)
