@@ -61,6 +61,12 @@ def test_options_stand_as_given():
     assert StatusField(default=None).get_default() is None
 
 
+@pytest.mark.parametrize("field", [StatusField, ErrorField])
+def test_names_may_be_given_by_position(field):
+    made = field("state of the job", "state")
+    assert (made.verbose_name, made.name) == ("state of the job", "state")
+
+
 def test_error_field_is_a_text_that_forms_leave_out():
     field = ErrorField()
     assert isinstance(field, models.TextField)
@@ -74,6 +80,11 @@ def test_error_field_is_a_text_that_forms_leave_out():
         True,
         None,
     )
+
+
+def test_error_field_refuses_null_as_any_text_does():
+    with pytest.raises(ValidationError, match="cannot be null"):
+        ErrorField(editable=True).clean(None, None)
 
 
 # Values

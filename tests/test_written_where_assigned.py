@@ -587,6 +587,19 @@ def test_row_of_another_database_keeps_a_status_that_was_not_assigned():
     assert Task.objects.using("other").get().status == FINISHED
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_assignment_rolled_back_on_another_database_is_written_by_the_next_save():
+    Task.objects.using("other").create(status=WAITING)
+    task = Task.objects.using("other").get()
+    task.status = CANCELED
+    with transaction.atomic(using="other"):
+        task.save()
+        transaction.set_rollback(True, using="other")
+    assert Task.objects.using("other").get().status == WAITING
+    task.save()
+    assert Task.objects.using("other").get().status == CANCELED
+
+
 # Signals and overrides
 
 
