@@ -245,9 +245,11 @@ def test_atomic_actions_all_run_where_each_locks_the_database():
     Task.objects.bulk_create([Task() for _ in range(5)])
 
     async def main():
-        await asyncio.gather(*(arun(Task.objects, "status", write_down, atomic=True) for _ in range(5)))
+        return await asyncio.gather(
+            *(arun(Task.objects, "status", write_down, atomic=True) for _ in range(5))
+        )
 
-    async_to_sync(main)()
+    assert {task.pk for task in async_to_sync(main)()} == set(Task.objects.values_list("pk", flat=True))
     assert Ledger.objects.values("task").distinct().count() == Ledger.objects.count() == 5
 
 

@@ -81,6 +81,19 @@ def test_database_error_that_the_action_swallowed_fails_the_attempt():
     assert not Ledger.objects.exists()
 
 
+@pytest.mark.django_db(databases=["default", "other"])
+def test_error_on_another_database_leaves_its_transaction_usable():
+    task = Task.objects.using("other").create()
+
+    def swallow(task):
+        with suppress(IntegrityError):
+            Task.objects.using("other").create(pk=task.pk)
+
+    with pytest.raises(TransactionManagementError, match="went on after an error of the database"):
+        run(Task.objects.using("other"), "status", swallow)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
 @pytest.mark.vendor("postgresql")  # where a transaction can not go on after an error
 def test_database_error_that_django_did_not_notice_fails_the_attempt():
     task = Task.objects.create()

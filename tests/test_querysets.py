@@ -18,6 +18,7 @@ from tests.testapp.models import (
     Attachment,
     ConcreteJob,
     Job,
+    NumberedJob,
     Paper,
     PickyPaper,
     PickyReference,
@@ -400,6 +401,30 @@ def test_parents_and_children_share_their_queue():
     Job.objects.update(status=Status.waiting(1))
     assert drain(PrintJob.objects) == [child]
     assert drain(Job.objects) == [parent]
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("error_field", ["error", "remark"])
+def test_child_with_a_key_of_its_own(engine, error_field, settings):
+    """The status is in the row of the parent, found by the key of that."""
+    settings.MODELQUEUE = {"ENGINE": engine}
+    untouched = Job.objects.bulk_create([Job(status=Status.created(5)) for _ in range(3)])
+    jobs = [NumberedJob.objects.create(status=Status.waiting(number)) for number in range(3)]
+    assert not {job.number for job in jobs} & {job.job_id for job in jobs}
+    with pytest.raises(ValueError, match="no"):
+        run(NumberedJob.objects, "status", raising(ValueError("no")), retry=0, error_field=error_field)
+    assert stored(jobs[0]).state == State.canceled
+    assert [bool(getattr(job, error_field)) for job in NumberedJob.objects.order_by("pk")] == [
+        True,
+        False,
+        False,
+    ]
+    assert drain(NumberedJob.objects, error_field=error_field) == jobs[1:]
+    NumberedJob.objects.update(status=Status.working(0))
+    assert verbs.recover(Source.of(NumberedJob.objects, "status", error_field), Policy()) == 3
+    assert all(getattr(job, error_field) for job in NumberedJob.objects.all())
+    assert drain(NumberedJob.objects) == jobs
+    assert {stored(job) for job in untouched} == {Status.created(5)}
 
 
 def test_filters_on_both_tables_of_a_child():
