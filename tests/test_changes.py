@@ -650,6 +650,25 @@ def test_error_of_the_action_goes_before_that_of_its_changes(error, attempts, ca
     assert "what the action changed can not be saved" in caplog.text
 
 
+def test_interruption_goes_before_the_error_of_the_action():
+    paper = Paper.objects.create(title="a")
+
+    def interrupt(sender, **arguments):
+        raise KeyboardInterrupt
+
+    def action(paper):
+        paper.title = "b"
+        raise ValueError("no")
+
+    pre_save.connect(interrupt, sender=Paper)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Paper.objects, "status", action)
+    finally:
+        pre_save.disconnect(interrupt, sender=Paper)
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "a")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), SystemExit()])
 def test_listener_that_raises_is_a_failed_attempt(error):
     paper = Paper.objects.create(title="a")

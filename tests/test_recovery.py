@@ -443,9 +443,12 @@ def test_row_that_a_constraint_keeps_from_working_is_passed_over(caplog):
 @pytest.mark.db_feature("supports_partial_indexes")
 def test_rows_beside_one_that_a_constraint_keeps_from_working_are_claimed_as_many_as_asked_for(using):
     tasks = ExclusiveTask.objects.using(using)
-    for group in (1, 2):
+    for group in (1, 2, 7):
         tasks.create(group=group, status=Status.working())
-    waiting = [tasks.create(group=group, status=Status.waiting(group)) for group in (1, 3, 2, 4, 5, 6)]
+    waiting = [
+        tasks.create(group=group, status=Status.waiting(place))
+        for place, group in enumerate((1, 3, 2, 7, 4, 5, 6))
+    ]
     claims = verbs.claim(Source.of(tasks, "status"), 3)
     assert [claim.task.group for claim in claims] == [3, 4, 5]
     assert sum(stored(task).state == State.working for task in waiting) == 3
