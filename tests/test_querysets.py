@@ -9,10 +9,10 @@ from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Retry, State, Status, run, verbs
-from modelqueue.engines import engine_for
+from modelqueue.engines import Engine, engine_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
-from tests.actions import raising, stored, succeed, unexpected
+from tests.actions import MILLISECOND, SECOND, Clock, raising, stored, succeed, unexpected
 from tests.testapp import models as testapp
 from tests.testapp.models import (
     Attachment,
@@ -25,6 +25,7 @@ from tests.testapp.models import (
     PrintJob,
     Project,
     ProxyJob,
+    StampedPaper,
     Task,
     TextTask,
     UuidTask,
@@ -392,6 +393,55 @@ def test_models_that_inherit(model):
     model.objects.update(status=Status.working(0))
     assert recover(model.objects) == 1
     assert drain(model.objects) == [job]
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        Task.objects.all(),
+        Task.objects.using("other"),
+        Job.objects.filter(title__startswith="title"),
+        ProxyJob.objects.exclude(title="other").order_by("-title"),
+        ConcreteJob.objects.all(),
+        StampedPaper.objects.filter(facts__isnull=False),
+        PickyPaper.objects.all(),
+        UuidTask.objects.all(),
+        TextTask.objects.all(),
+    ],
+    ids=lambda rows: f"{rows.model.__name__} {rows.query.where}",
+)
+def test_rows_of_one_table_are_claimed_at_once(rows, monkeypatch, settings):
+    """A claim at once that fails is repeated step by step: no other test would show it."""
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    monkeypatch.setattr(Engine, "_claim_step_by_step", lambda *arguments: pytest.fail("step by step"))
+    clock = Clock()
+    source = Source.of(rows, "status")
+
+    def values(task):
+        return {field.attname: getattr(task, field.attname) for field in task._meta.concrete_fields}
+
+    def create(number):
+        text = next((name for name in ("title", "data", "name") if hasattr(rows.model, name)), None)
+        status = Status.waiting(clock() + number * SECOND, number + 4)
+        return rows.create(status=status, **({text: f"title {number}"} if text else {}))
+
+    def check(limit, *expected):
+        claims = engine_for(source.using).claim(source, clock, limit)
+        assert [claim.task for claim in claims] == list(expected)
+        for claim, task in zip(claims, expected, strict=True):
+            lease = Status.working(clock() + MILLISECOND, task.status.attempts)
+            assert claim.row == (task.pk, task.pk, task.status)
+            assert claim.lease == lease
+            assert values(claim.task) == values(rows.get(pk=task.pk)) == {**values(task), "status": lease}
+            assert claim.task._state.db == source.using
+
+    first, second, third, later = (create(number) for number in (-3, -2, -1, 1))
+    check(1, first)
+    check(3, second, third)
+    check(3)
+    clock.move(SECOND)
+    check(1, later)
 
 
 def test_parents_and_children_share_their_queue():
