@@ -395,6 +395,22 @@ def test_models_that_inherit(model):
     assert drain(model.objects) == [job]
 
 
+@pytest.mark.vendor("postgresql")  # which claims before it loads
+def test_row_that_is_not_the_callers_any_more_is_given_back(papers, monkeypatch, settings):
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    first, second, third, _ = papers
+    load = Engine._load
+
+    def load_without_the_first(self, source, rows):
+        return {pk: task for pk, task in load(self, source, rows).items() if pk != first.pk}
+
+    monkeypatch.setattr(Engine, "_load", load_without_the_first)
+    claims = verbs.claim(Source.of(Paper.objects.select_related("project"), "status"), 2)
+    assert [claim.task for claim in claims] == [second, third]
+    assert [claim.task.status for claim in claims] == [stored(second), stored(third)]
+    assert stored(first) == first.status
+
+
 @pytest.mark.django_db(transaction=True, databases=["default", "other"])
 @pytest.mark.parametrize(
     "rows",
