@@ -855,11 +855,16 @@ def test_portable_engine_recovers_no_row_that_another_was_faster_to_recover(monk
 
 
 @pytest.mark.vendor("sqlite", "mysql")
-def test_claim_at_once_takes_no_row_that_has_changed_under_its_lock(settings):
+def test_claim_at_once_takes_no_row_that_has_changed_under_its_lock(monkeypatch, settings):
     """As on a Galera cluster, where the lock of one node does not hold another off."""
     settings.MODELQUEUE = {"ENGINE": "auto"}
     tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(3)])
     taken = Status.working(7)
+    step_by_step, repeated = base.Engine._claim_step_by_step, []
+
+    def repeat(*arguments):
+        repeated.append(stored(tasks[1]))
+        return step_by_step(*arguments)
 
     def interfere(execute, sql, params, many, context):
         if sql.startswith("UPDATE") and "%% 10" in sql:
@@ -867,8 +872,10 @@ def test_claim_at_once_takes_no_row_that_has_changed_under_its_lock(settings):
                 cursor.execute("UPDATE testapp_task SET status = %s WHERE id = %s", [int(taken), tasks[1].pk])
         return execute(sql, params, many, context)
 
+    monkeypatch.setattr(base.Engine, "_claim_step_by_step", repeat)
     with connection.execute_wrapper(interfere):
         claims = verbs.claim(Source.of(Task.objects, "status"), 3)
+    assert repeated == [tasks[1].status]  # all of it was rolled back, also what stands for the other node
     assert [stored(claim.task) for claim in claims] == [claim.lease for claim in claims] != []
 
 
