@@ -460,6 +460,17 @@ def test_rows_of_one_table_are_claimed_at_once(rows, monkeypatch, settings):
     check(1, later)
 
 
+def test_two_queues_of_one_model_are_apart():
+    first = Job.objects.create(status=Status.waiting(5), review_status=None)
+    second = Job.objects.create(status=Status.created(5), review_status=Status.waiting(5))
+    assert drain(Job.objects, "status") == [first]
+    assert drain(Job.objects, "review_status") == [second]
+    assert (stored(second), stored(first, "review_status")) == (Status.created(5), None)
+    Job.objects.update(status=Status.working(5), review_status=Status.working(5))
+    assert (recover(Job.objects, "review_status"), recover(Job.objects, "review_status")) == (2, 0)
+    assert {stored(job) for job in (first, second)} == {Status.working(5)}
+
+
 def test_parents_and_children_share_their_queue():
     child = PrintJob.objects.create()
     parent = Job.objects.create()
