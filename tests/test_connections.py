@@ -396,6 +396,26 @@ def test_answer_that_was_lost_is_asked_for(model, method, monkeypatch, caplog):
     assert "lease lost" not in caplog.text
 
 
+def test_what_became_of_a_lost_task_is_asked_again(monkeypatch):
+    Task.objects.create()
+    read, lost = base.Engine.read, []
+
+    def lose(self, source, candidate):
+        if not lost:
+            lost.append(candidate)
+            connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+        return read(self, source, candidate)
+
+    def take_away(task):
+        Task.objects.update(status=Status.canceled(5))
+
+    monkeypatch.setattr(base.Engine, "read", lose)
+    with heard("task_finished", "lease_lost") as events:
+        run(Task.objects, "status", take_away)
+    assert [(name, event["status"]) for name, event in events] == [("lease_lost", Status.canceled(5))]
+
+
 def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):
     monkeypatch.setattr(sessions, "PATIENCE", 0.2)
     task = Task.objects.create()
