@@ -10,7 +10,7 @@ from django.db.transaction import TransactionManagementError
 from modelqueue import Abort, Cancel, Retry, State, Status, run
 from modelqueue.engines import engine_for
 from tests.actions import MILLISECOND, heard, raising, row, stored, succeed, unexpected, write_down
-from tests.testapp.models import Ledger, Paper, ShoutingPaper, StampedPaper, Task
+from tests.testapp.models import ExclusiveTask, Ledger, Paper, ShoutingPaper, StampedPaper, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -149,6 +149,14 @@ def test_changes_that_can_not_be_saved_leave_the_transaction_usable():
     with pytest.raises(RuntimeError):
         run(ShoutingPaper.objects, "status", succeed)
     assert ShoutingPaper.objects.get(title=shouting.title).status.attempts == 1
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_row_that_a_constraint_keeps_from_working_is_passed_over():
+    ExclusiveTask.objects.create(group=1, status=Status.working())
+    ExclusiveTask.objects.create(group=1, status=Status.waiting(1))
+    free = ExclusiveTask.objects.create(group=2, status=Status.waiting(2))
+    assert run(ExclusiveTask.objects, "status", succeed) == free
 
 
 @pytest.mark.django_db(transaction=True)
