@@ -253,6 +253,19 @@ def test_atomic_actions_all_run_where_each_locks_the_database():
     assert Ledger.objects.values("task").distinct().count() == Ledger.objects.count() == 5
 
 
+def test_atomic_action_that_fails_is_undone_and_told_once():
+    Task.objects.create()
+
+    def act(task):
+        write_down(task)
+        raise ValueError("no")
+
+    with heard() as events, pytest.raises(ValueError, match="no"):
+        async_to_sync(arun)(Task.objects, "status", act, atomic=True)
+    assert not Ledger.objects.exists()
+    assert [name for name, _ in events] == ["task_claimed", "task_finished"]
+
+
 def test_event_loop_goes_on_during_a_claim(monkeypatch):
     Task.objects.create()
     claim = verbs.claim

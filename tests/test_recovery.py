@@ -345,6 +345,29 @@ class Unhashable(Value):
     __hash__ = None
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    ("busy", "field", "rows"),
+    [
+        (Job.objects, "status", Task.objects),
+        (Job.objects, "review_status", Job.objects),
+        (Task.objects.using("other"), "status", Task.objects),
+        (Task.objects.filter(data=Unhashable("b")), "status", Task.objects.filter(data=Unhashable("a"))),
+    ],
+    ids=["model", "field", "database", "unhashable filter"],
+)
+def test_a_busy_queue_does_not_use_up_the_turns_of_another(busy, field, rows):
+    text = {"data": "b"} if busy.model is Task else {}
+    busy.create(**{**text, "status": Status.created(), field: Status.waiting()})
+    text = {"data": "a"} if rows.model is Task else {}
+    rows.create(**text, status=Status.waiting())
+    lost = rows.create(**text, status=EXPIRED)
+    assert run(busy, field, succeed) is not None
+    assert stored(lost).state == State.working
+    assert run(rows, "status", succeed) is not None
+    assert stored(lost).state == State.waiting
+
+
 def test_filter_with_an_unhashable_value():
     task = Task.objects.create(data="a")
     rows = Task.objects.filter(data=Unhashable("a"))
