@@ -386,6 +386,16 @@ def test_returned_task_is_as_good_as_loaded():
     assert (stored(task).state, row(task).title) == (State.finished, "b")
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_status_that_the_action_assigned_is_written_with_the_outcome_alone(model):
+    model.objects.create()
+    returned = run(model.objects, "status", lambda task: setattr(task, "status", Status.created(5)))
+    assert stored(returned) == Status.created(5)
+    model.objects.update(status=Status.finished(5))
+    returned.save()
+    assert stored(returned) == Status.finished(5)
+
+
 def test_task_that_the_action_kept_is_as_good_as_loaded():
     kept = []
 

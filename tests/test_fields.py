@@ -7,7 +7,7 @@ from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils.module_loading import import_string
 
-from modelqueue import ErrorField, Status, StatusField
+from modelqueue import ErrorField, State, Status, StatusField
 from tests.testapp.models import Job, PrintJob
 
 EXTREMES = [
@@ -140,6 +140,22 @@ def test_value_that_is_no_number_stays_for_the_validation():
     assert job.status == "waiting"
     with pytest.raises(ValidationError, match="value must be an integer"):
         job.full_clean()
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("wrong", [State.waiting, True, False])
+def test_state_or_bool_is_no_status(wrong):
+    """Both are integers, and as a status they would be foreign numbers, which no worker ever sees."""
+    job = Job.objects.create()
+    for use in (
+        lambda: Job(status=wrong),
+        lambda: setattr(job, "status", wrong),
+        lambda: Job.objects.filter(status=wrong),
+        lambda: Job._meta.get_field("status").get_prep_value(wrong),
+    ):
+        with pytest.raises(TypeError, match=r"testapp\.Job\.status takes a Status, not"):
+            use()
+    assert Job.objects.get().status.state == State.waiting
 
 
 # Serializers

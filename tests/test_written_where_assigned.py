@@ -705,6 +705,16 @@ def test_save_without_assignment_is_one_update():
     assert [query["sql"].split()[0] for query in queries] == ["UPDATE"]
 
 
+def test_arguments_may_be_given_by_position():
+    job = loaded(Job)
+    Job.objects.update(title="new", status=FINISHED)
+    job.refresh_from_db("default", ["title"])
+    assert (job.title, job.status) == ("new", WAITING)
+    job.title = "mine"
+    job.save_base(False, False, False, "default", ["project"])
+    assert (stored(job), Job.objects.get().title) == (FINISHED, "new")
+
+
 def test_deleting_an_attribute_takes_its_assignment_back():
     job = loaded(Job)
     job.status = CANCELED
