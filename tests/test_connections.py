@@ -397,7 +397,8 @@ def test_answer_that_was_lost_is_asked_for(model, method, monkeypatch, caplog):
 
 
 def test_what_became_of_a_lost_task_is_asked_again(monkeypatch):
-    Task.objects.create()
+    other = Task.objects.create(status=Status.created(1))
+    task = Task.objects.create()
     read, lost = base.Engine.read, []
 
     def lose(self, source, candidate):
@@ -408,12 +409,13 @@ def test_what_became_of_a_lost_task_is_asked_again(monkeypatch):
         return read(self, source, candidate)
 
     def take_away(task):
-        Task.objects.update(status=Status.canceled(5))
+        Task.objects.filter(pk=task.pk).update(status=Status.canceled(5))
 
     monkeypatch.setattr(base.Engine, "read", lose)
     with heard("task_finished", "lease_lost") as events:
         run(Task.objects, "status", take_away)
     assert [(name, event["status"]) for name, event in events] == [("lease_lost", Status.canceled(5))]
+    assert (stored(other), stored(task)) == (other.status, Status.canceled(5))
 
 
 def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):

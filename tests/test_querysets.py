@@ -276,6 +276,29 @@ def test_row_that_is_deleted_after_it_was_picked(monkeypatch):
 
 
 @pytest.mark.usefixtures("step_by_step")
+def test_no_more_are_claimed_than_were_asked_for_where_some_are_taken(monkeypatch):
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(12)])
+    lock = Engine._lock
+
+    def lock_all_but_the_first(self, source, candidates, **options):
+        return [row for row in lock(self, source, candidates, **options) if row.pk != tasks[0].pk]
+
+    monkeypatch.setattr(Engine, "_lock", lock_all_but_the_first)
+    assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 3)] == tasks[1:4]
+    assert Task.objects.filter(status__gte=Status.minimum("working")).count() == 3
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("step", [1, -1])
+def test_each_row_is_on_one_page(step):
+    tasks = Task.objects.bulk_create(
+        [Task(status=Status.waiting(50 + step * number)) for number in range(45)]
+    )
+    claims = verbs.claim(Source.of(Task.objects, "status"), 45)
+    assert [claim.task for claim in claims] == tasks[::step]
+
+
+@pytest.mark.usefixtures("step_by_step")
 def test_long_queue_is_read_page_by_page(monkeypatch):
     """Rows of which none can be claimed, of two equal numbers, longer than two pages; the last is free."""
     tasks = Task.objects.bulk_create([Task(status=Status.waiting(number % 2)) for number in range(300)])

@@ -9,7 +9,7 @@ from django.db.models import Value
 
 import modelqueue
 from modelqueue import ONE_HOUR, ZERO_SECS, Abort, State, Status, clock, execution, run, verbs
-from modelqueue.engines import Candidate, engine_for
+from modelqueue.engines import Candidate, Engine, engine_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import (
@@ -212,6 +212,13 @@ def test_five_hundred_expired_tasks_are_back_within_a_call():
     assert sum(recovered) == 500
     assert len(recovered) <= 3
     assert time.monotonic() - before < 10
+
+
+def test_expired_tasks_are_recovered_together(monkeypatch):
+    """What goes wrong with all of them is repeated one by one: no other test would show it."""
+    monkeypatch.setattr(Engine, "_recover_one_by_one", lambda *arguments: pytest.fail("one by one"))
+    expired(3)
+    assert recover() == 3
 
 
 def test_recovery_that_takes_long_goes_on_with_the_next_call():
