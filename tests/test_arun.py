@@ -261,10 +261,25 @@ def test_atomic_actions_all_run_where_each_locks_the_database():
     Task.objects.bulk_create([Task() for _ in range(5)])
 
     async def main():
-        await asyncio.gather(*(arun(Task.objects, "status", write_down, atomic=True) for _ in range(5)))
+        return await asyncio.gather(
+            *(arun(Task.objects, "status", write_down, atomic=True) for _ in range(5))
+        )
 
-    async_to_sync(main)()
+    assert {task.pk for task in async_to_sync(main)()} == set(Task.objects.values_list("pk", flat=True))
     assert Ledger.objects.values("task").distinct().count() == Ledger.objects.count() == 5
+
+
+def test_atomic_action_that_fails_is_undone_and_told_once():
+    Task.objects.create()
+
+    def act(task):
+        write_down(task)
+        raise ValueError("no")
+
+    with heard() as events, pytest.raises(ValueError, match="no"):
+        async_to_sync(arun)(Task.objects, "status", act, atomic=True)
+    assert not Ledger.objects.exists()
+    assert [name for name, _ in events] == ["task_claimed", "task_finished"]
 
 
 def test_event_loop_goes_on_during_a_claim(monkeypatch):

@@ -789,6 +789,22 @@ def test_lock_that_the_database_refuses_costs_no_attempt(monkeypatch):
     assert stored(task) == task.status
 
 
+def test_connection_that_is_lost_when_the_transaction_begins_is_replaced(monkeypatch):
+    Task.objects.create()
+    hold, held = attempts.AtomicAttempt.hold, []
+
+    def lose(self):
+        held.append(self)
+        if len(held) == 1:
+            connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+        return hold(self)
+
+    monkeypatch.setattr(attempts.AtomicAttempt, "hold", lose)
+    assert run_atomic(Task.objects, write_down).status.state == State.finished
+    assert (len(held), Ledger.objects.count()) == (2, 1)
+
+
 @pytest.mark.db_feature("has_select_for_update_skip_locked")
 def test_recovery_passes_over_a_task_whose_transaction_is_open(caplog):
     caplog.set_level(logging.DEBUG, "modelqueue")

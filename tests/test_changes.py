@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import decimal
+from asyncio import CancelledError
 
 import pytest
 from django.core.files.base import ContentFile
@@ -629,6 +630,43 @@ def test_row_that_never_could_be_saved_does_not_come_up_for_ever(action):
         with pytest.raises(RuntimeError, match="this row can not be saved"):
             run(ShoutingPaper.objects, "status", action)
     assert ShoutingPaper.objects.get().status.state == State.canceled
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(ValueError("no"), 1), (KeyboardInterrupt(), 1), (CancelledError(), 0)], ids=repr
+)
+def test_error_of_the_action_goes_before_that_of_its_changes(error, attempts, caplog):
+    paper = ShoutingPaper.objects.create(title="a")
+
+    def action(paper):
+        paper.title = "unsavable"
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        run(ShoutingPaper.objects, "status", action, error_field="error")
+    assert raised.value is error
+    assert (stored(paper).state, stored(paper).attempts) == (State.waiting, attempts)
+    assert "RuntimeError" not in row(paper).error
+    assert "what the action changed can not be saved" in caplog.text
+
+
+def test_interruption_goes_before_the_error_of_the_action():
+    paper = Paper.objects.create(title="a")
+
+    def interrupt(sender, **arguments):
+        raise KeyboardInterrupt
+
+    def action(paper):
+        paper.title = "b"
+        raise ValueError("no")
+
+    pre_save.connect(interrupt, sender=Paper)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Paper.objects, "status", action)
+    finally:
+        pre_save.disconnect(interrupt, sender=Paper)
+    assert (stored(paper).state, stored(paper).attempts, row(paper).title) == (State.waiting, 1, "a")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), SystemExit()])

@@ -11,8 +11,9 @@ from django.test.utils import isolate_apps
 
 import modelqueue.checks
 from modelqueue import Status, StatusField
+from tests.testapp.models import Task
 
-ALWAYS = models.Q(pk__gt=0)
+ALWAYS = {"condition" if django.VERSION >= (5, 1) else "check": models.Q(pk__gt=0)}
 
 
 @isolate_apps("tests.testapp")
@@ -60,6 +61,7 @@ def test_sound_declaration_gets_no_warning(field, options):
         {"unique_together": [("other", "status")]},
         {"constraints": [models.UniqueConstraint(fields=["other", "status"], name="three")]},
         {"constraints": [models.UniqueConstraint(models.F("other"), name="four")]},
+        {"constraints": [models.CheckConstraint(name="five", **ALWAYS)]},
     ],
 )
 def test_field_that_no_index_begins_with_is_w001(options):
@@ -90,6 +92,12 @@ def test_checks_of_the_column_run_too():
         model = type("Bad", (models.Model,), attributes)
     found = model._meta.get_field("bad_").check()
     assert [message.id for message in found] == ["fields.E001", "modelqueue.W001"]
+
+
+def test_database_is_asked_about_the_column(monkeypatch):
+    refusal = checks.Error("Not on this database.", id="tests.E001")
+    monkeypatch.setattr(connection.validation, "check_field", lambda field, **options: [refusal])
+    assert refusal in Task._meta.get_field("status").check(databases=["default"])
 
 
 # Databases

@@ -11,6 +11,9 @@ from django.db.transaction import TransactionManagementError
 from modelqueue import Abort, State, Status, attempts, run, verbs
 from modelqueue.attempts import Attempt
 from modelqueue.engines import base, engine_for, sessions
+from modelqueue.engines.mysql import MySQLEngine
+from modelqueue.engines.postgresql import PostgreSQLEngine
+from modelqueue.engines.sqlite import SQLiteEngine
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import heard, raising, row, stored, succeed, unexpected, write_down
@@ -372,6 +375,28 @@ def test_answer_that_was_lost_is_asked_for(model, method, monkeypatch, caplog):
     assert "lease lost" not in caplog.text
 
 
+def test_what_became_of_a_lost_task_is_asked_again(monkeypatch):
+    other = Task.objects.create(status=Status.created(1))
+    task = Task.objects.create()
+    read, lost = base.Engine.read, []
+
+    def lose(self, source, candidate):
+        if not lost:
+            lost.append(candidate)
+            connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+        return read(self, source, candidate)
+
+    def take_away(task):
+        Task.objects.filter(pk=task.pk).update(status=Status.canceled(5))
+
+    monkeypatch.setattr(base.Engine, "read", lose)
+    with heard("task_finished", "lease_lost") as events:
+        run(Task.objects, "status", take_away)
+    assert [(name, event["status"]) for name, event in events] == [("lease_lost", Status.canceled(5))]
+    assert (stored(other), stored(task)) == (other.status, Status.canceled(5))
+
+
 def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):
     monkeypatch.setattr(sessions, "PATIENCE", 0.2)
     task = Task.objects.create()
@@ -615,6 +640,42 @@ def test_busy_sqlite_is_known_by_its_text_where_there_is_no_code(text, is_busy):
     assert engine_for("default").is_try_again(error) == is_busy
 
 
+@pytest.mark.parametrize(
+    ("code", "is_busy"),
+    [
+        (5, True),
+        (5 | 1 << 8, True),
+        (5 | 2 << 8, True),
+        (6, True),
+        (6 | 1 << 8, True),
+        (1, False),
+        (8, False),
+    ],
+)
+def test_busy_sqlite_is_known_by_its_primary_code(code, is_busy):
+    error = OperationalError("no")
+    error.__cause__ = sqlite3.OperationalError("no")
+    error.__cause__.sqlite_errorcode = code
+    assert SQLiteEngine("default").is_try_again(error) == is_busy
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [("40001", True), ("40P01", True), ("55P03", True), ("57014", False), (None, False)]
+)
+def test_codes_of_postgresql_that_mean_try_again(code, again):
+    error, cause = OperationalError(), Exception()
+    cause.sqlstate = code
+    error.__cause__ = cause
+    assert PostgreSQLEngine("default").is_try_again(error) == again
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(1020, True), (1205, True), (1213, True), (2006, False), ("deadlock", False)]
+)
+def test_codes_of_mysql_that_mean_try_again(code, again):
+    assert MySQLEngine("default").is_try_again(OperationalError(code, "no")) == again
+
+
 @pytest.mark.vendor("postgresql")
 def test_error_of_psycopg_2_is_known_by_its_code():
     error, cause = OperationalError(), Exception()
@@ -792,6 +853,31 @@ def test_portable_engine_recovers_no_row_that_another_was_faster_to_recover(monk
     monkeypatch.setattr(base.Engine, "_lock", lock_and_lose)
     assert verbs.recover(Source.of(Task.objects, "status"), Policy()) == 2
     assert stored(tasks[1]) == Status.waiting(7, 1)
+
+
+@pytest.mark.vendor("sqlite", "mysql")
+def test_claim_at_once_takes_no_row_that_has_changed_under_its_lock(monkeypatch, settings):
+    """As on a Galera cluster, where the lock of one node does not hold another off."""
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(3)])
+    taken = Status.working(7)
+    step_by_step, repeated = base.Engine._claim_step_by_step, []
+
+    def repeat(*arguments):
+        repeated.append(stored(tasks[1]))
+        return step_by_step(*arguments)
+
+    def interfere(execute, sql, params, many, context):
+        if sql.startswith("UPDATE") and "%% 10" in sql:
+            with connection.cursor() as cursor:
+                cursor.execute("UPDATE testapp_task SET status = %s WHERE id = %s", [int(taken), tasks[1].pk])
+        return execute(sql, params, many, context)
+
+    monkeypatch.setattr(base.Engine, "_claim_step_by_step", repeat)
+    with connection.execute_wrapper(interfere):
+        claims = verbs.claim(Source.of(Task.objects, "status"), 3)
+    assert repeated == [tasks[1].status]  # all of it was rolled back, also what stands for the other node
+    assert [stored(claim.task) for claim in claims] == [claim.lease for claim in claims] != []
 
 
 # A lock that somebody holds for too long

@@ -6,6 +6,8 @@ from contextlib import suppress
 import pytest
 
 from modelqueue import Abort, Cancel, Retry, State, Status, clock, enqueue, run
+from modelqueue.engines import Candidate, engine_for
+from modelqueue.source import Source
 from tests.actions import SECOND, Clock, heard, raising, row, stored, succeed, unexpected
 from tests.testapp.models import Attachment, Paper, PlainJob, PrintJob, ShoutingPaper, StampedPaper
 
@@ -266,6 +268,25 @@ def test_plain_column_that_the_action_reads_again_shows_that_it_was_taken():
     assert stored(job) == Status.canceled(5)
 
 
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_status_is_set_only_over_the_named_ones(engine, settings):
+    settings.MODELQUEUE = {"ENGINE": engine}
+    job = PlainJob.objects.create(status=None)
+    source, candidate = Source.of(PlainJob.objects, "status"), Candidate(job.pk, job.pk, Status(5))
+
+    def sets(old, new):
+        return engine_for("default").compare_and_set(source, candidate, old, new)
+
+    assert not sets([Status(5)], Status(6))
+    assert sets([Status(5), None], Status(6))
+    assert not sets([Status(5), None], Status(7))
+    assert not sets([None], Status(7))
+    assert sets([Status(5), Status(6)], None)
+    assert not sets([Status(5)], Status(7))
+    assert sets([None], Status(7))
+    assert stored(job) == 7
+
+
 def test_enqueue_leaves_a_working_task_to_its_worker():
     task = Paper.objects.create()
     seen = []
@@ -363,6 +384,16 @@ def test_returned_task_is_as_good_as_loaded():
     returned.title = "b"
     returned.save()
     assert (stored(task).state, row(task).title) == (State.finished, "b")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_status_that_the_action_assigned_is_written_with_the_outcome_alone(model):
+    model.objects.create()
+    returned = run(model.objects, "status", lambda task: setattr(task, "status", Status.created(5)))
+    assert stored(returned) == Status.created(5)
+    model.objects.update(status=Status.finished(5))
+    returned.save()
+    assert stored(returned) == Status.finished(5)
 
 
 def test_task_that_the_action_kept_is_as_good_as_loaded():

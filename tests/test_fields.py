@@ -7,7 +7,7 @@ from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils.module_loading import import_string
 
-from modelqueue import ErrorField, Status, StatusField
+from modelqueue import ErrorField, State, Status, StatusField
 from tests.testapp.models import Job, PrintJob
 
 EXTREMES = [
@@ -61,6 +61,12 @@ def test_options_stand_as_given():
     assert StatusField(default=None).get_default() is None
 
 
+@pytest.mark.parametrize("field", [StatusField, ErrorField])
+def test_names_may_be_given_by_position(field):
+    made = field("state of the job", "state")
+    assert (made.verbose_name, made.name) == ("state of the job", "state")
+
+
 def test_error_field_is_a_text_that_forms_leave_out():
     field = ErrorField()
     assert isinstance(field, models.TextField)
@@ -74,6 +80,11 @@ def test_error_field_is_a_text_that_forms_leave_out():
         True,
         None,
     )
+
+
+def test_error_field_refuses_null_as_any_text_does():
+    with pytest.raises(ValidationError, match="cannot be null"):
+        ErrorField(editable=True).clean(None, None)
 
 
 # Values
@@ -129,6 +140,22 @@ def test_value_that_is_no_number_stays_for_the_validation():
     assert job.status == "waiting"
     with pytest.raises(ValidationError, match="value must be an integer"):
         job.full_clean()
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("wrong", [State.waiting, True, False])
+def test_state_or_bool_is_no_status(wrong):
+    """Both are integers, and as a status they would be foreign numbers, which no worker ever sees."""
+    job = Job.objects.create()
+    for use in (
+        lambda: Job(status=wrong),
+        lambda: setattr(job, "status", wrong),
+        lambda: Job.objects.filter(status=wrong),
+        lambda: Job._meta.get_field("status").get_prep_value(wrong),
+    ):
+        with pytest.raises(TypeError, match=r"testapp\.Job\.status takes a Status, not"):
+            use()
+    assert Job.objects.get().status.state == State.waiting
 
 
 # Serializers

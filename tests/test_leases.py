@@ -51,7 +51,8 @@ BACK_TO_WAITING = {
 
 @pytest.mark.parametrize("now", [TickingClock, None], ids=["a fast machine", "this machine"])
 @pytest.mark.parametrize("action", BACK_TO_WAITING.values(), ids=BACK_TO_WAITING)
-def test_no_lease_is_used_twice(action, now):
+@pytest.mark.parametrize("atomic", [False, True], ids=["", "atomic"])
+def test_no_lease_is_used_twice(atomic, action, now):
     # With 9 attempts, where these stay the same, and the lowest priority that the row ever had.
     Task.objects.create(status=Status.waiting(0, 9))
     leases = []
@@ -63,7 +64,7 @@ def test_no_lease_is_used_twice(action, now):
     with clock.use(now() if now else clock._clock):
         for _ in range(30):
             with suppress(ValueError, asyncio.CancelledError):
-                assert run(Task.objects, "status", note, retry=None) is not None
+                assert run(Task.objects, "status", note, retry=None, atomic=atomic) is not None
     assert len(leases) == 30  # each time the next call found it due
     assert len(set(leases)) == 30
     assert leases == sorted(leases)

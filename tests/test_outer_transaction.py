@@ -10,7 +10,7 @@ from django.db.transaction import TransactionManagementError
 from modelqueue import Abort, Cancel, Retry, State, Status, run
 from modelqueue.engines import engine_for
 from tests.actions import MILLISECOND, heard, raising, row, stored, succeed, unexpected, write_down
-from tests.testapp.models import Ledger, Paper, ShoutingPaper, StampedPaper, Task
+from tests.testapp.models import ExclusiveTask, Ledger, Paper, ShoutingPaper, StampedPaper, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -81,6 +81,19 @@ def test_database_error_that_the_action_swallowed_fails_the_attempt():
     assert not Ledger.objects.exists()
 
 
+@pytest.mark.django_db(databases=["default", "other"])
+def test_error_on_another_database_leaves_its_transaction_usable():
+    task = Task.objects.using("other").create()
+
+    def swallow(task):
+        with suppress(IntegrityError):
+            Task.objects.using("other").create(pk=task.pk)
+
+    with pytest.raises(TransactionManagementError, match="went on after an error of the database"):
+        run(Task.objects.using("other"), "status", swallow)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
 @pytest.mark.vendor("postgresql")  # where a transaction can not go on after an error
 def test_database_error_that_django_did_not_notice_fails_the_attempt():
     task = Task.objects.create()
@@ -136,6 +149,14 @@ def test_changes_that_can_not_be_saved_leave_the_transaction_usable():
     with pytest.raises(RuntimeError):
         run(ShoutingPaper.objects, "status", succeed)
     assert ShoutingPaper.objects.get(title=shouting.title).status.attempts == 1
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_row_that_a_constraint_keeps_from_working_is_passed_over():
+    ExclusiveTask.objects.create(group=1, status=Status.working())
+    ExclusiveTask.objects.create(group=1, status=Status.waiting(1))
+    free = ExclusiveTask.objects.create(group=2, status=Status.waiting(2))
+    assert run(ExclusiveTask.objects, "status", succeed) == free
 
 
 @pytest.mark.django_db(transaction=True)

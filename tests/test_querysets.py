@@ -9,21 +9,23 @@ from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Retry, State, Status, run, verbs
-from modelqueue.engines import engine_for
+from modelqueue.engines import Engine, engine_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
-from tests.actions import raising, stored, succeed, unexpected
+from tests.actions import MILLISECOND, SECOND, Clock, raising, stored, succeed, unexpected
 from tests.testapp import models as testapp
 from tests.testapp.models import (
     Attachment,
     ConcreteJob,
     Job,
+    NumberedJob,
     Paper,
     PickyPaper,
     PickyReference,
     PrintJob,
     Project,
     ProxyJob,
+    StampedPaper,
     Task,
     TextTask,
     UuidTask,
@@ -274,6 +276,29 @@ def test_row_that_is_deleted_after_it_was_picked(monkeypatch):
 
 
 @pytest.mark.usefixtures("step_by_step")
+def test_no_more_are_claimed_than_were_asked_for_where_some_are_taken(monkeypatch):
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(12)])
+    lock = Engine._lock
+
+    def lock_all_but_the_first(self, source, candidates, **options):
+        return [row for row in lock(self, source, candidates, **options) if row.pk != tasks[0].pk]
+
+    monkeypatch.setattr(Engine, "_lock", lock_all_but_the_first)
+    assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 3)] == tasks[1:4]
+    assert Task.objects.filter(status__gte=Status.minimum("working")).count() == 3
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("step", [1, -1])
+def test_each_row_is_on_one_page(step):
+    tasks = Task.objects.bulk_create(
+        [Task(status=Status.waiting(50 + step * number)) for number in range(45)]
+    )
+    claims = verbs.claim(Source.of(Task.objects, "status"), 45)
+    assert [claim.task for claim in claims] == tasks[::step]
+
+
+@pytest.mark.usefixtures("step_by_step")
 def test_long_queue_is_read_page_by_page(monkeypatch):
     """Rows of which none can be claimed, of two equal numbers, longer than two pages; the last is free."""
     tasks = Task.objects.bulk_create([Task(status=Status.waiting(number % 2)) for number in range(300)])
@@ -393,6 +418,83 @@ def test_models_that_inherit(model):
     assert drain(model.objects) == [job]
 
 
+@pytest.mark.vendor("postgresql")  # which claims before it loads
+def test_row_that_is_not_the_callers_any_more_is_given_back(papers, monkeypatch, settings):
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    first, second, third, _ = papers
+    load = Engine._load
+
+    def load_without_the_first(self, source, rows):
+        return {pk: task for pk, task in load(self, source, rows).items() if pk != first.pk}
+
+    monkeypatch.setattr(Engine, "_load", load_without_the_first)
+    monkeypatch.setattr(Engine, "_claim_step_by_step", lambda *arguments: pytest.fail("step by step"))
+    claims = verbs.claim(Source.of(Paper.objects.select_related("project"), "status"), 2)
+    assert [claim.task for claim in claims] == [second, third]
+    assert [claim.task.status for claim in claims] == [stored(second), stored(third)]
+    assert stored(first) == first.status
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        Task.objects.all(),
+        Task.objects.using("other"),
+        Job.objects.filter(title__startswith="title"),
+        ProxyJob.objects.exclude(title="other").order_by("-title"),
+        ConcreteJob.objects.all(),
+        StampedPaper.objects.filter(facts__isnull=False),
+        PickyPaper.objects.all(),
+        UuidTask.objects.all(),
+        TextTask.objects.all(),
+    ],
+    ids=lambda rows: f"{rows.model.__name__} {rows.query.where}",
+)
+def test_rows_of_one_table_are_claimed_at_once(rows, monkeypatch, settings):
+    """A claim at once that fails is repeated step by step: no other test would show it."""
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    monkeypatch.setattr(Engine, "_claim_step_by_step", lambda *arguments: pytest.fail("step by step"))
+    clock = Clock()
+    source = Source.of(rows, "status")
+
+    def values(task):
+        return {field.attname: getattr(task, field.attname) for field in task._meta.concrete_fields}
+
+    def create(number):
+        text = next((name for name in ("title", "data", "name") if hasattr(rows.model, name)), None)
+        status = Status.waiting(clock() + number * SECOND, number + 4)
+        return rows.create(status=status, **({text: f"title {number}"} if text else {}))
+
+    def check(limit, *expected):
+        claims = engine_for(source.using).claim(source, clock, limit)
+        assert [claim.task for claim in claims] == list(expected)
+        for claim, task in zip(claims, expected, strict=True):
+            lease = Status.working(clock() + MILLISECOND, task.status.attempts)
+            assert claim.row == (task.pk, task.pk, task.status)
+            assert claim.lease == lease
+            assert values(claim.task) == values(rows.get(pk=task.pk)) == {**values(task), "status": lease}
+            assert claim.task._state.db == source.using
+
+    third, first, second, later = (create(number) for number in (-1, -3, -2, 1))
+    check(1, first)
+    check(3, second, third)
+    check(3)
+    clock.move(SECOND)
+    check(1, later)
+
+
+def test_two_queues_of_one_model_are_apart():
+    first = Job.objects.create(status=Status.waiting(5), review_status=None)
+    second = Job.objects.create(status=Status.created(5), review_status=Status.waiting(5))
+    assert drain(Job.objects, "status") == [first]
+    assert drain(Job.objects, "review_status") == [second]
+    assert (stored(second), stored(first, "review_status")) == (Status.created(5), None)
+    Job.objects.update(status=Status.working(5), review_status=Status.working(5))
+    assert (recover(Job.objects, "review_status"), recover(Job.objects, "review_status")) == (2, 0)
+    assert {stored(job) for job in (first, second)} == {Status.working(5)}
+
+
 def test_parents_and_children_share_their_queue():
     child = PrintJob.objects.create()
     parent = Job.objects.create()
@@ -400,6 +502,30 @@ def test_parents_and_children_share_their_queue():
     Job.objects.update(status=Status.waiting(1))
     assert drain(PrintJob.objects) == [child]
     assert drain(Job.objects) == [parent]
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize("error_field", ["error", "remark"])
+def test_child_with_a_key_of_its_own(engine, error_field, settings):
+    """The status is in the row of the parent, found by the key of that."""
+    settings.MODELQUEUE = {"ENGINE": engine}
+    untouched = Job.objects.bulk_create([Job(status=Status.created(5)) for _ in range(3)])
+    jobs = [NumberedJob.objects.create(status=Status.waiting(number)) for number in range(3)]
+    assert not {job.number for job in jobs} & {job.job_id for job in jobs}
+    with pytest.raises(ValueError, match="no"):
+        run(NumberedJob.objects, "status", raising(ValueError("no")), retry=0, error_field=error_field)
+    assert stored(jobs[0]).state == State.canceled
+    assert [bool(getattr(job, error_field)) for job in NumberedJob.objects.order_by("pk")] == [
+        True,
+        False,
+        False,
+    ]
+    assert drain(NumberedJob.objects, error_field=error_field) == jobs[1:]
+    NumberedJob.objects.update(status=Status.working(0))
+    assert verbs.recover(Source.of(NumberedJob.objects, "status", error_field), Policy()) == 3
+    assert all(getattr(job, error_field) for job in NumberedJob.objects.all())
+    assert drain(NumberedJob.objects) == jobs
+    assert {stored(job) for job in untouched} == {Status.created(5)}
 
 
 def test_filters_on_both_tables_of_a_child():

@@ -9,6 +9,7 @@ from django.db.models import Value
 
 import modelqueue
 from modelqueue import ONE_HOUR, ZERO_SECS, Abort, State, Status, clock, execution, run, verbs
+from modelqueue.engines import Candidate, Engine, engine_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import (
@@ -213,6 +214,13 @@ def test_five_hundred_expired_tasks_are_back_within_a_call():
     assert time.monotonic() - before < 10
 
 
+def test_expired_tasks_are_recovered_together(monkeypatch):
+    """What goes wrong with all of them is repeated one by one: no other test would show it."""
+    monkeypatch.setattr(Engine, "_recover_one_by_one", lambda *arguments: pytest.fail("one by one"))
+    expired(3)
+    assert recover() == 3
+
+
 def test_recovery_that_takes_long_goes_on_with_the_next_call():
     expired(60)
     source = Source.of(Task.objects.all(), "status")
@@ -274,8 +282,26 @@ def test_reason_stands_in_the_error_field():
 
 def test_reason_stands_in_the_error_field_of_a_child_table():
     task = ReviewedTask.objects.create(status=EXPIRED, error="old")
+    other = ReviewedTask.objects.create(status=Status.waiting(5), error="old")
     recover(ReviewedTask.objects, error_field="error")
     assert row(task).error.startswith("modelqueue.exceptions.LeaseExpired: ")
+    assert row(other).error == "old"
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("using", ["default", "other"])
+def test_reason_that_can_not_be_written_to_a_child_table_leaves_the_lease(using):
+    def refuse(execute, sql, params, many, context):
+        if sql.startswith("UPDATE") and "testapp_reviewedtask" in sql:
+            raise IntegrityError("no")
+        return execute(sql, params, many, context)
+
+    task = ReviewedTask.objects.using(using).create(status=EXPIRED)
+    source = Source.of(ReviewedTask.objects.using(using), "status", "error")
+    row = Candidate(task.pk, task.task_ptr_id, EXPIRED)
+    with connections[using].execute_wrapper(refuse), pytest.raises(IntegrityError):
+        engine_for(using).compare_and_set(source, row, [EXPIRED], Status.waiting(5), "reason")
+    assert stored(task) == EXPIRED
 
 
 def test_reason_is_emptied_by_the_success_that_follows():
@@ -324,6 +350,29 @@ def test_querysets_take_their_turns_apart():
 
 class Unhashable(Value):
     __hash__ = None
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize(
+    ("busy", "field", "rows"),
+    [
+        (Job.objects, "status", Task.objects),
+        (Job.objects, "review_status", Job.objects),
+        (Task.objects.using("other"), "status", Task.objects),
+        (Task.objects.filter(data=Unhashable("b")), "status", Task.objects.filter(data=Unhashable("a"))),
+    ],
+    ids=["model", "field", "database", "unhashable filter"],
+)
+def test_a_busy_queue_does_not_use_up_the_turns_of_another(busy, field, rows):
+    text = {"data": "b"} if busy.model is Task else {}
+    busy.create(**{**text, "status": Status.created(), field: Status.waiting()})
+    text = {"data": "a"} if rows.model is Task else {}
+    rows.create(**text, status=Status.waiting())
+    lost = rows.create(**text, status=EXPIRED)
+    assert run(busy, field, succeed) is not None
+    assert stored(lost).state == State.working
+    assert run(rows, "status", succeed) is not None
+    assert stored(lost).state == State.waiting
 
 
 def test_filter_with_an_unhashable_value():
@@ -419,6 +468,22 @@ def test_row_that_a_constraint_keeps_from_working_is_passed_over(caplog):
     assert {status.state for status in statuses(ExclusiveTask)} == {State.finished}
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.parametrize("using", ["default", "other"])
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_rows_beside_one_that_a_constraint_keeps_from_working_are_claimed_as_many_as_asked_for(using):
+    tasks = ExclusiveTask.objects.using(using)
+    for group in (1, 2, 7):
+        tasks.create(group=group, status=Status.working())
+    waiting = [
+        tasks.create(group=group, status=Status.waiting(place))
+        for place, group in enumerate((1, 3, 2, 7, 4, 5, 6))
+    ]
+    claims = verbs.claim(Source.of(tasks, "status"), 3)
+    assert [claim.task.group for claim in claims] == [3, 4, 5]
+    assert sum(stored(task).state == State.working for task in waiting) == 3
+
+
 def add_and_act(task, act):
     ExclusiveTask.objects.create(group=1, status=Status.waiting(1))
     ExclusiveTask.objects.create(group=2, status=Status.waiting(2))
@@ -437,6 +502,15 @@ def test_row_that_a_constraint_keeps_from_waiting_is_recovered_when_it_may(caplo
     two.delete()
     assert recover(ExclusiveTask.objects) == 1
     assert (stored(one).state, stored(one).attempts) == (State.waiting, 1)
+
+
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_all_that_are_recovered_beside_a_row_that_can_not_be_are_told():
+    ExclusiveTask.objects.create(group=1, status=Status.waiting())
+    tasks = [ExclusiveTask.objects.create(group=group, status=EXPIRED) for group in (1, 2, 3, 4)]
+    with heard("task_recovered") as events:
+        assert recover(ExclusiveTask.objects) == 3
+    assert sorted(facts["pk"] for _, facts in events) == [task.pk for task in tasks[1:]]
 
 
 @pytest.mark.db_feature("supports_partial_indexes")

@@ -8,7 +8,7 @@ import pytest
 from django.db import OperationalError, connection
 
 from modelqueue import State, Status, clock, run, verbs
-from modelqueue.engines import engine_for
+from modelqueue.engines import Engine, engine_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR
@@ -55,6 +55,24 @@ def test_each_lease_gets_the_time_of_the_renewal_and_keeps_its_attempts(now, mod
         status = stored(claim.task)
         assert status == Status.working(now(), claim.lease.attempts)
         assert leases[claim.row.key] == {status}
+
+
+def test_renewal_is_repeated_on_a_new_connection(now, monkeypatch):
+    source, claims, leases = working(2)
+    now.move(10 * SECOND)
+    renew, lost = Engine._renew_together, []
+
+    def lose(self, *arguments):
+        renewal = renew(self, *arguments)
+        if not lost:
+            lost.append(renewal)
+            connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+        return renewal
+
+    monkeypatch.setattr(Engine, "_renew_together", lose)
+    assert verbs.renew(source, leases).renewed == {claim.row.key for claim in claims}
+    assert [{stored(claim.task)} for claim in claims] == [leases[claim.row.key] for claim in claims]
 
 
 def test_renewed_task_is_not_recovered(now):

@@ -2,13 +2,14 @@
 
 import datetime as dt
 import functools
+import inspect
 
 import pytest
 from asgiref.sync import sync_to_async
 from django.db.models import Count
 from django.db.models.functions import Now
 
-from modelqueue import Abort, Status, run
+from modelqueue import ONE_HOUR, ZERO_SECS, Abort, Status, arun, run
 from tests.actions import SECOND, stored, succeed, unexpected
 from tests.testapp.models import Job, Paper, PrintJob, Task
 
@@ -175,6 +176,13 @@ def test_action_that_can_not_be_called_is_refused(action):
 def test_wrong_option_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         run(Task.objects, "status", unexpected, **options)
+
+
+def test_options_have_the_defaults_of_2_2_1_and_are_the_same_for_arun():
+    options = inspect.signature(run).parameters
+    assert inspect.signature(arun).parameters == options
+    defaults = [options[name].default for name in ("retry", "timeout", "delay", "error_field", "atomic")]
+    assert defaults == [3, ONE_HOUR, ZERO_SECS, None, False]
 
 
 def test_options_may_be_given_by_position(task):

@@ -259,6 +259,7 @@ def test_shifted_time_stops_at_the_ends_of_the_calendar():
     last = status.shifted(moment, dt.timedelta.max)
     first = status.shifted(moment, dt.timedelta.min)
     assert (datetime_to_int(last), datetime_to_int(first)) == (99991231235959999, 10101000000000)
+    assert last.tzinfo is first.tzinfo is dt.timezone.utc
 
 
 def test_now_is_aware_utc_of_this_moment():

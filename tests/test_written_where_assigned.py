@@ -587,6 +587,19 @@ def test_row_of_another_database_keeps_a_status_that_was_not_assigned():
     assert Task.objects.using("other").get().status == FINISHED
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_assignment_rolled_back_on_another_database_is_written_by_the_next_save():
+    Task.objects.using("other").create(status=WAITING)
+    task = Task.objects.using("other").get()
+    task.status = CANCELED
+    with transaction.atomic(using="other"):
+        task.save()
+        transaction.set_rollback(True, using="other")
+    assert Task.objects.using("other").get().status == WAITING
+    task.save()
+    assert Task.objects.using("other").get().status == CANCELED
+
+
 # Signals and overrides
 
 
@@ -690,6 +703,16 @@ def test_save_without_assignment_is_one_update():
     ) as queries:
         job.save()
     assert [query["sql"].split()[0] for query in queries] == ["UPDATE"]
+
+
+def test_arguments_may_be_given_by_position():
+    job = loaded(Job)
+    Job.objects.update(title="new", status=FINISHED)
+    job.refresh_from_db("default", ["title"])
+    assert (job.title, job.status) == ("new", WAITING)
+    job.title = "mine"
+    job.save_base(False, False, False, "default", ["project"])
+    assert (stored(job), Job.objects.get().title) == (FINISHED, "new")
 
 
 def test_deleting_an_attribute_takes_its_assignment_back():

@@ -33,6 +33,14 @@ class PrintJob(Job):
     pages = models.IntegerField(default=1)
 
 
+class NumberedJob(Job):
+    """A child with a primary key of its own, which is another number than that of its parent's row."""
+
+    number = models.BigAutoField(primary_key=True)
+    job = models.OneToOneField(Job, models.CASCADE, parent_link=True)
+    remark = modelqueue.ErrorField()
+
+
 class ProxyJob(Job):
     class Meta:
         proxy = True
