@@ -307,7 +307,7 @@ def test_coroutine_of_an_action_is_a_failed_attempt():
     async def later():
         raise AssertionError("awaited")
 
-    with pytest.raises(TypeError, match="returned a coroutine, which nobody runs. Give arun"):
+    with pytest.raises(TypeError, match=r"returned a coroutine, which nobody runs\. Give arun"):
         run(Task.objects, "status", lambda task: later())
     assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
 
