@@ -91,7 +91,7 @@ def test_plan_is_made_anew_after_a_while(monkeypatch):
     again = ["DEALLOCATE", "PREPARE", "EXECUTE"]
     assert run_and_see(1) == [again * 2]
     deallocate_all()
-    assert run_and_see(1) == [["DEALLOCATE", "WITH", "DEALLOCATE", "UPDATE"]]
+    assert run_and_see(1) == [again * 2]  # a session that does not have it is none the worse
 
 
 def reads_of_the_whole_table():
