@@ -3,13 +3,14 @@
 import uuid
 
 import pytest
-from django.db import connection, models
+from django.db import connection, connections, models
 from django.db.models import Exists, F, FilteredRelation, OuterRef, Q, Value
 from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Retry, State, Status, run, verbs
 from modelqueue.engines import Engine, engine_for
+from modelqueue.engines.statements import is_plain
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import MILLISECOND, SECOND, Clock, raising, stored, succeed, unexpected
@@ -18,6 +19,7 @@ from tests.testapp.models import (
     Attachment,
     ConcreteJob,
     Job,
+    Milestone,
     NumberedJob,
     Paper,
     PickyPaper,
@@ -481,6 +483,57 @@ def test_rows_of_one_table_are_claimed_at_once(rows, monkeypatch, settings):
     check(3)
     clock.move(SECOND)
     check(1, later)
+
+
+def test_status_in_the_table_of_a_child():
+    Project.objects.create(name="other")
+    milestone = Milestone.objects.create(name="a")
+
+    def change(milestone):
+        milestone.name += "b"
+
+    assert run(Milestone.objects, "status", change) == milestone
+    assert (stored(milestone).state, Milestone.objects.get().name) == (State.finished, "ab")
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain"),
+    [
+        (Job.objects.filter(title="a").exclude(project=1).order_by("title"), True),
+        (ProxyJob.objects.all(), True),
+        (PrintJob.objects.all(), False),
+        (Milestone.objects.all(), False),
+        (Job.objects.annotate(one=Value(1)), False),
+        (Job.objects.extra(select={"one": "1"}), False),
+        (Job.objects.extra(tables=["testapp_project"]), False),
+        (Job.objects.select_related("project"), False),
+        (Job.objects.prefetch_related("project"), False),
+        (Job.objects.only("title"), False),
+        (Job.objects.defer("title"), False),
+        (Job.objects.filter(Q(project=None) | Q(project__name="a")), False),
+        (Project(pk=1).job_set.all(), False),
+    ],
+)
+def test_task_that_is_more_than_its_row_is_not_taken_for_it(rows, plain):
+    assert is_plain(Source.of(rows, "status")) == plain
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+@pytest.mark.usefixtures("step_by_step")
+def test_transactions_are_those_of_the_database_of_the_task():
+    connection = connections["other"]
+    inside = []
+
+    def note(execute, sql, params, many, context):
+        if sql.startswith("UPDATE"):
+            inside.append(connection.in_atomic_block)
+        return execute(sql, params, many, context)
+
+    StampedPaper.objects.using("other").create(status=Status.working(0))
+    with connection.execute_wrapper(note):
+        run(StampedPaper.objects.using("other"), "status", lambda paper: setattr(paper, "title", "a"))
+    assert inside
+    assert all(inside)
 
 
 def test_two_queues_of_one_model_are_apart():

@@ -363,6 +363,19 @@ def test_error_field_holds_the_last_failure_until_a_success(model):
     assert row(task).status.state == State.finished
 
 
+@pytest.mark.parametrize("model", [Paper, StampedPaper])
+def test_error_field_holds_a_failure_that_comes_twice(model):
+    paper = model.objects.create()
+    texts = []
+    for _ in range(3):
+        with pytest.raises(ValueError, match="again"):
+            run(model.objects, "status", raising(ValueError("again")), error_field="error")
+        texts.append(row(paper).error)
+    assert texts[0].startswith("builtins.ValueError: again")
+    assert texts[1] == texts[2]
+    assert texts[1].startswith("builtins.ValueError: again")
+
+
 def test_error_field_holds_why_the_task_was_canceled():
     paper = Paper.objects.create()
     run(Paper.objects, "status", raising(Cancel("no such customer")), error_field="error")

@@ -17,6 +17,12 @@ class Project(models.Model):
     name = models.CharField(max_length=100, blank=True)
 
 
+class Milestone(Project):
+    """The status is in the table of the child, the name in that of the parent."""
+
+    status = modelqueue.StatusField()
+
+
 class Job(models.Model):
     """Two queues, the second optional, on a model that others inherit from and a page can be made of."""
 
