@@ -55,6 +55,31 @@ def test_what_the_action_wrote_stays(error):
     assert Ledger.objects.count() == 1
 
 
+@pytest.mark.parametrize("error", [None, ValueError("no")], ids=repr)
+@pytest.mark.parametrize("model", [Task, StampedPaper])
+def test_block_that_the_action_never_left_is_rolled_back_and_the_attempt_failed(model, error):
+    """The caller's own block stays as deep as it was, with all that is in it."""
+    task = model.objects.create()
+    depth = len(connection.savepoint_ids)
+
+    def enter_and_write(task):
+        transaction.atomic().__enter__()
+        transaction.atomic().__enter__()
+        write_down(task)
+        if error:
+            raise error
+
+    expected = "no" if error else "in the middle of a transaction"
+    with transaction.atomic():
+        with pytest.raises((TransactionManagementError, ValueError), match=expected):
+            run(model.objects, "status", enter_and_write)
+        assert len(connection.savepoint_ids) == depth + 1
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
+    assert len(connection.savepoint_ids) == depth
+    assert stored(task).attempts == 1
+
+
 def duplicate(task):
     """Break the transaction, where the database minds."""
     Task.objects.create(pk=task.pk)

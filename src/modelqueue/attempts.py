@@ -66,6 +66,8 @@ class Attempt(Generic[M]):
         self.claim = claim
         self.task = claim.task
         self.engine = engine_for(source.using)
+        #: Is it inside a transaction of the caller?
+        self.is_outer = self.engine.is_inside_transaction()
         self.snapshot: Snapshot | None = None
 
     @property
@@ -98,7 +100,7 @@ class Attempt(Generic[M]):
 
     def call(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action, and leave its connection fit for use; return what it raised, or None."""
-        if self.engine.is_inside_transaction():
+        if self.is_outer:
             return self.call_in_savepoint(action, task)
         return self.restore_connection(_call(action, task))
 
@@ -109,11 +111,7 @@ class Attempt(Generic[M]):
 
     def restore_connection(self, error: BaseException | None) -> BaseException | None:
         """Mend what the action did to its connection; return the error of the attempt, if there is one."""
-        if not self.engine.restore_connection():
-            return error
-        if self.snapshot is not None:
-            self.snapshot.forget_saves()
-        return error or TransactionManagementError(_LEFT_OPEN)
+        return self.error_of_left_open(error) if self.engine.restore_connection() else error
 
     def call_in_savepoint(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action so that an error of the database leaves the caller's transaction usable.
@@ -125,13 +123,22 @@ class Attempt(Generic[M]):
         is_broken = False
         try:
             with transaction.atomic(using=self.source.using):
+                mark = self.engine.mark()
                 error = _call(action, task)
+                if self.engine.return_to(mark):
+                    error = self.error_of_left_open(error)
                 is_broken = self.engine.connection.needs_rollback
         except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
             error = error or aborted
         if is_broken and error is None:
             error = TransactionManagementError(_WENT_ON)
         return error
+
+    def error_of_left_open(self, error: BaseException | None) -> BaseException:
+        """Return the error of an attempt of which a transaction was left open, and is rolled back."""
+        if self.snapshot is not None:
+            self.snapshot.forget_saves()
+        return error or TransactionManagementError(_LEFT_OPEN)
 
     # Decide
 
@@ -272,9 +279,8 @@ class Attempt(Generic[M]):
                 or self.is_deleted_by_action()
             )
         elif task is not None and is_saved(task, self.source.field):
-            stored = task.__dict__[
-                self.source.field.attname
-            ]  # assigned by a save() or a pre_save of the user
+            # Assigned by a save() or a pre_save of the user.
+            stored = task.__dict__[self.source.field.attname]
         if task is not None and exists:
             set_loaded(task, self.source.field, stored)
         column = self.source.error_field
@@ -321,7 +327,7 @@ class Attempt(Generic[M]):
         """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
         if outcome.status is not None and outcome.status.state == State.waiting:
             _wait_until(outcome.status.priority)
-        if not self.engine.is_inside_transaction():
+        if not self.is_outer:
             self.engine.give_way()
 
     def tell(self, signal: Signal, **arguments: Any) -> None:
@@ -346,7 +352,6 @@ class AsyncAttempt(Attempt[M]):
 
     def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
         super().__init__(source, policy, claim)
-        self.is_outer = self.engine.is_inside_transaction()
         self.is_started = False
         #: Why the action is not to be called.
         self.error: BaseException | None = claim.error
@@ -441,7 +446,6 @@ class AtomicAttempt(Attempt[M]):
 
     def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
         super().__init__(source, policy, claim)
-        self.is_outer = self.engine.is_inside_transaction()
         #: Has the database said so? It may have committed without our hearing of it.
         self.is_committed = False
 
