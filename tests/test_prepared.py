@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.vendor("postg
 
 
 @pytest.fixture(autouse=True)
-def _new_session():
+def _new_session(settings):
+    settings.MODELQUEUE = {"ENGINE": "auto"}  # the portable one prepares nothing
     connection.close()
     yield
     connection.close()
