@@ -1,5 +1,8 @@
 """Claims of unusual models and querysets: the fast ways take the same rows as the portable one."""
 
+import contextlib
+import random
+
 import pytest
 from django.db import connection, models
 from django.db.models import Exists, F, OuterRef
@@ -63,6 +66,27 @@ def test_filter_on_the_status_itself_holds_until_the_lease_is_set(name):
         model.objects.create()
     assert len(claim(rows, 2)) == 2
     assert run(rows, "status", succeed).status.state == State.finished
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_tasks_of_one_moment_are_claimed_in_the_order_of_their_keys(engine, settings):
+    settings.MODELQUEUE = {"ENGINE": engine}
+    keys = random.sample(range(1, 1000), 60)
+    Task.objects.bulk_create([Task(pk=key, status=Status.waiting(0)) for key in keys])
+    with without_nested_loops():
+        assert [one.row.key for one in claim(Task.objects, 50)] == sorted(keys)[:50]
+
+
+@contextlib.contextmanager
+def without_nested_loops():
+    """Let PostgreSQL update rows as they lie in a large table, not one by one as they are claimed."""
+    if connection.vendor != "postgresql":
+        yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SET enable_nestloop = off")
+        yield
+        cursor.execute("RESET enable_nestloop")
 
 
 def test_filter_for_groups_of_which_no_other_task_is_working():

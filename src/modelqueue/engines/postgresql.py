@@ -89,11 +89,10 @@ class PostgreSQLEngine(Engine):
                 self._execute(cursor, once(self.connection, name, make), params)
             rows = cursor.fetchall()
         claims: list[Claim[M]] = []
-        for key, number, *values in rows:
+        for key, number, *values in _in_order(rows):
             pk, status = columns.key(key), Status(number)
             claims.append(columns.claim(source, Candidate(pk, pk, status), _lease(moment, status), values))
-        # RETURNING keeps no order.
-        return sorted(claims, key=lambda claim: claim.row.status)
+        return claims
 
     def _claim_sql(self, source: Source[Any], keys: str, columns: str) -> str:
         quote = self.connection.ops.quote_name
@@ -146,12 +145,23 @@ class PostgreSQLEngine(Engine):
         # Django notes the errors of its own atomic() and save() alone, PostgreSQL refuses after any.
         return super().is_aborted() or self.connection.connection.info.transaction_status == _ABORTED
 
+    def _is_still_open(self) -> bool:
+        return bool(self.connection.connection.info.transaction_status != _IDLE)
+
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection
         if connection.info.transaction_status == _IDLE:
             return False
         connection.rollback()
         return True
+
+
+def _in_order(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return rows of keys and statuses in the order of the queue, as RETURNING keeps none."""
+    try:
+        return sorted(rows, key=lambda row: (row[1], row[0]))
+    except TypeError:  # keys without an order, and they are claimed already
+        return sorted(rows, key=lambda row: row[1])
 
 
 def _lease(moment: dt.datetime, before: Status) -> Status:
