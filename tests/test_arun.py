@@ -653,6 +653,40 @@ def test_task_is_given_back_if_there_is_no_thread_for_its_action(atomic, monkeyp
     ]
 
 
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_action_that_has_run_is_finished_although_no_thread_can_look_after_it(allowed, monkeypatch):
+    """It is only what comes after it that is not done: the task must not run again."""
+    task = Task.objects.create()
+
+    class FewThreads(ThreadPoolExecutor):
+        def submit(self, *arguments, **named):
+            submitted.append(arguments)
+            if len(submitted) > allowed:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments, **named)
+
+    submitted = []
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", FewThreads)
+
+    async def act(task):
+        await sync_to_async(int)()
+
+    assert on_a_loop(arun(Task.objects, "status", act)) == task
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+    assert len(submitted) == 3
+
+
+def test_lack_of_threads_inside_the_action_is_a_failure_of_the_action(monkeypatch):
+    task = Task.objects.create()
+
+    def act(task):
+        raise threads.NotCalled("can't start new thread")
+
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        arun_once(Task.objects, act, atomic=True)
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
 def test_transaction_of_another_coroutine_is_none_of_our_business():
     """It is open in the thread that all share; an action that ends meanwhile never was in there."""
     Task.objects.create()

@@ -76,6 +76,8 @@ async def in_thread(
     if failure is not None:
         if canceled is not None and isinstance(failure, Exception):
             raise canceled from failure
+        if isinstance(failure, NotCalled):  # of a call inside of it
+            raise RuntimeError(str(failure)) from failure
         raise failure
     return cast("T", result), canceled
 
@@ -115,14 +117,16 @@ async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> K
             SyncToAsync.context_to_thread_executor[context] = executor
             try:
                 result = await work
-                if used:
-                    result, canceled = await in_thread(then, result, executor=executor)
-                elif not _CONTEXT_TAKES_EXECUTOR:  # perhaps in the caller's thread
-                    result, canceled = await in_thread(then, result)
+                with suppress(NotCalled):  # the work is done all the same
+                    if used:
+                        result, canceled = await in_thread(then, result, executor=executor)
+                    elif not _CONTEXT_TAKES_EXECUTOR:  # perhaps in the caller's thread
+                        result, canceled = await in_thread(then, result)
             finally:
-                if used:
-                    _, late = await in_thread(_close_connections, executor=executor)
-                    canceled = canceled or late
+                with suppress(NotCalled):
+                    if used:
+                        _, late = await in_thread(_close_connections, executor=executor)
+                        canceled = canceled or late
                 # Else the end of the context waits for it, and may be canceled meanwhile.
                 SyncToAsync.context_to_thread_executor.pop(context, None)
     finally:
