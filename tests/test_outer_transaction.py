@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
 from django.db.transaction import TransactionManagementError
+from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Cancel, Retry, State, Status, run
 from modelqueue.engines import engine_for
@@ -78,6 +79,22 @@ def test_block_that_the_action_never_left_is_rolled_back_and_the_attempt_failed(
     assert not Ledger.objects.exists()
     assert len(connection.savepoint_ids) == depth
     assert stored(task).attempts == 1
+
+
+def test_deferred_field_that_was_read_in_what_is_rolled_back_is_not_written():
+    """In between others can edit it."""
+    paper = Paper.objects.create(pages=1)
+
+    def act(paper):
+        assert paper.pages == 1
+        transaction.atomic().__enter__()
+
+    with CaptureQueriesContext(connection) as queries, pytest.raises(TransactionManagementError):
+        run(Paper.objects.only("title", "status"), "status", act)
+    writes = [query["sql"] for query in queries if "UPDATE " in query["sql"]]
+    assert writes
+    assert not [sql for sql in writes if "pages" in sql]
+    assert stored(paper).attempts == 1
 
 
 def duplicate(task):

@@ -5,7 +5,8 @@ are moved in `modelqueue.engines`, what is written besides the status in `modelq
 puts them in order, and makes two promises:
 
 * whatever the action does, the outcome is recorded under its lease or not at all;
-* whatever goes wrong with a row, the row does not stay working because of it.
+* whatever goes wrong with a row, the row does not stay working because of it, at least not when its lease
+  has run out.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ class Attempt(Generic[M]):
     def write_status(self, outcome: Outcome) -> bool:
         column = self.source.error_field
         note = None if column is None else outcome.note
-        if column is not None and self.task is not None and note == self.task.__dict__.get(column.attname):
+        if column is not None and self.snapshot is not None and note == self.snapshot.known(column):
             note = None
         held = self.held
         if self.task is not None:

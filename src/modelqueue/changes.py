@@ -42,6 +42,7 @@ class Snapshot:
         self._layers: list[tuple[Saved | None, dict[str, Any]]] = [
             (None, self._copy_of(_loaded_fields(instance)))
         ]
+        self._related = dict(instance._state.fields_cache)
         self._standing: list[Saved] = []
         self._undone: dict[str, Any] | None = None
         instance.__dict__[WATCHER] = self
@@ -75,6 +76,10 @@ class Snapshot:
 
     def forget_saves(self) -> None:
         """Take back what `saved` said: it was all rolled back, behind Django's back."""
+        first = self._layers[0][1]
+        for saved, values in self._layers[1:]:
+            if saved is None:  # what was read of deferred fields is known from then on
+                first.update({name: value for name, value in values.items() if name not in first})
         del self._layers[1:]
         unsave(self._instance, self._status)
 
@@ -83,16 +88,15 @@ class Snapshot:
         instance = self._instance
         self._undone = dict(instance.__dict__)
         instance._state = copy.copy(instance._state)
-        instance._state.fields_cache = dict(instance._state.fields_cache)
+        instance._state.fields_cache = dict(self._related)
+        claimed = dict(self._layers[0][1])
         self.forget_saves()
-        field: Any
         for field in _loaded_fields(instance):
-            before = self._layers[0][1].get(field.attname, _UNREAD)
-            if before is _UNREAD or not _differs(before, instance.__dict__[field.attname]):
-                continue
-            instance.__dict__[field.attname] = _copied(before)
-            if field.is_relation and field.is_cached(instance):
-                field.delete_cached_value(instance)
+            before = claimed.get(field.attname, _UNREAD)
+            if before is _UNREAD:  # deferred, then and now
+                del instance.__dict__[field.attname]
+            elif _differs(before, instance.__dict__[field.attname]):
+                instance.__dict__[field.attname] = _copied(before)
         instance._state.adding = False
         instance._state.db = self._using
 
@@ -121,6 +125,10 @@ class Snapshot:
             if saved is None or saved.stands:
                 merged.update(values)
         return merged
+
+    def known(self, field: models.Field[Any, Any]) -> Any:
+        """What the row holds in a field as far as we know."""
+        return self._values().get(field.attname, _UNREAD)
 
     @property
     def written(self) -> Status | None:

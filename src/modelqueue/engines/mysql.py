@@ -8,12 +8,17 @@ from django.db import transaction
 from django.db.utils import Error
 
 from modelqueue.engines.base import Engine
+from modelqueue.engines.sessions import Mark
 
 _TRY_AGAIN = {
     1020,  # ER_CHECKREAD: record has changed since last read (MariaDB, snapshot isolation)
     1205,  # ER_LOCK_WAIT_TIMEOUT
     1213,  # ER_LOCK_DEADLOCK, which is also how a Galera node says that another node won
 }
+
+
+_NO_SAVEPOINT = 1305  # ER_SP_DOES_NOT_EXIST
+_MARK = "modelqueue_mark"
 
 
 class MySQLEngine(Engine):
@@ -32,6 +37,25 @@ class MySQLEngine(Engine):
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
         return super().transaction()
+
+    def mark(self) -> Mark:
+        # A deadlock rolls back the whole transaction, and what comes after it begins another one, without
+        # a word to who has caught the error. A savepoint does not outlive that.
+        self._execute_plainly(f"SAVEPOINT {_MARK}")
+        return super().mark()
+
+    def _is_still_open(self) -> bool:
+        try:
+            self._execute_plainly(f"RELEASE SAVEPOINT {_MARK}")
+        except Error as error:
+            if error.args[0] != _NO_SAVEPOINT:
+                raise
+            return False
+        return True
+
+    def _execute_plainly(self, sql: str) -> None:
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql)
 
     def _roll_back_open_transaction(self) -> bool:
         # The driver does not tell; MariaDB does when asked. On MySQL a ROLLBACK that was not needed

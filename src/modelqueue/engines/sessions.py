@@ -50,6 +50,9 @@ class Session:
 
     def mark(self) -> Mark:
         """Return in which transaction the connection is: its session, and each atomic() around."""
+        return self._place()
+
+    def _place(self) -> Mark:
         return self.connection.connection, list(self.connection.atomic_blocks)
 
     def return_to(self, mark: Mark) -> bool:
@@ -61,8 +64,13 @@ class Session:
         return bool(left_open)
 
     def is_at(self, mark: Mark) -> bool:
-        """Say whether the transaction is still the same one, and as deep, as far as Django knows."""
-        return not self.connection.closed_in_transaction and self.mark() == mark
+        """Say whether the transaction is still the one that was marked, and as deep."""
+        is_ours = not self.connection.closed_in_transaction and self._place() == mark
+        return is_ours and (self.connection.needs_rollback or self._is_still_open())
+
+    def _is_still_open(self) -> bool:
+        """Say whether the transaction is open, as the database sees it; asked within one that was marked."""
+        return True
 
     def is_aborted(self) -> bool:
         """Say whether the open transaction can only be rolled back."""

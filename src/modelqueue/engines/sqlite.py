@@ -113,6 +113,9 @@ class SQLiteEngine(Engine):
         if time.monotonic() - self._began > _NOTICEABLE:  # in BEGIN IMMEDIATE or in the UPDATE
             self.note_contention()
 
+    def _is_still_open(self) -> bool:
+        return bool(self.connection.connection.in_transaction)
+
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection
         if not connection.in_transaction:
