@@ -108,7 +108,8 @@ async def arun(
 
     The event loop goes on while the database works. Each action has a thread and a connection of its own for
     its synchronous parts, its queries for example, as soon as it needs them; so any number of these
-    coroutines run side by side. Inside a transaction of the caller the action stays in the caller's thread.
+    coroutines run side by side. Inside a transaction of the caller the action stays in the caller's thread;
+    there is no savepoint around an ``async def`` action there.
 
     Canceling the coroutine cancels an ``async def`` action, and the task is given back uncharged: it waits
     as it did before the claim. A synchronous action can not be canceled; it is waited for, its outcome is
@@ -125,7 +126,9 @@ async def arun(
 
     Raises:
         asyncio.CancelledError: this, or the action, was canceled.
-        Exception: as for `run`.
+        RuntimeError: the system gave no thread for the action; it was not called, and the task was given
+            back uncharged.
+        TypeError, ValueError, BaseException, django.db.Error: as for `run`.
     """
     source = Source.of(queryset, field, error_field)
     policy = Policy.of(retry, timeout, delay)

@@ -65,10 +65,10 @@ class Engine(Session):
     def claim(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         """Take up to `limit` due tasks, those at the head of the queue first.
 
-        After it each of them is working, under a lease that is stamped 1 ms after the moment of the
-        claim and that nobody else holds. What the queryset itself raises is raised, and nothing is
-        claimed. One row must not block the others: one that can not be loaded is claimed all the same,
-        see `Claim.error`; one that a constraint of its table keeps from working is passed over.
+        After it each of them is working, under a lease that is stamped 1 ms after the time that the clock
+        gave, and that nobody else holds. What the queryset itself raises is raised, and nothing is claimed.
+        One row must not block the others: one that can not be loaded is claimed all the same, see
+        `Claim.error`; one that a constraint of its table keeps from working is passed over.
         """
         at_once = None if conf.get("ENGINE") == "portable" else self._way_to_claim_at_once(source)
         if at_once is not None:
