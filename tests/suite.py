@@ -26,9 +26,12 @@ from tests import servers
 
 ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "build" / "coverage"
-#: The engine of two versions of a server is one: it is killed and cut off on the newer one.
+#: The engine of two versions of a server is one: it is killed and cut off, and covered, on the newer one.
 TWIN = "postgres15"
 FAULTS = "--ignore=tests/faults"
+PYTEST = ["-m", "pytest"]
+#: Takes a third longer.
+COVERED = ["-m", "coverage", "run", *PYTEST]
 
 
 def main() -> int:
@@ -73,7 +76,7 @@ def stop(number: int, frame: object) -> None:
 
 
 def run(name: str, server: dict[str, object], engine: str, arguments: list[str]) -> int:
-    """Run pytest on a started server, under coverage."""
+    """Run pytest on a started server; under coverage unless another run covers the same code."""
     print(f"\n=== {name} ===", flush=True)
     cell = (
         f"py{'.'.join(map(str, sys.version_info[:2]))}-django{'.'.join(map(str, django.VERSION[:2]))}"
@@ -82,8 +85,9 @@ def run(name: str, server: dict[str, object], engine: str, arguments: list[str])
     COVERAGE.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE.glob(f"data.{cell}.*"):
         old.unlink()
+    pytest = PYTEST if name == TWIN or engine == "portable" else COVERED
     process = subprocess.Popen(
-        [sys.executable, "-m", "coverage", "run", "-m", "pytest", *arguments],
+        [sys.executable, *pytest, *arguments],
         cwd=ROOT,
         env=os.environ
         | {

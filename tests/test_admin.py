@@ -3,7 +3,9 @@
 import datetime as dt
 
 import pytest
+from django.apps import apps
 from django.contrib import admin
+from django.contrib.auth.management import create_permissions
 from django.contrib.auth.models import Permission, User
 from django.test import override_settings
 from django.urls import reverse
@@ -169,6 +171,7 @@ def test_action_takes_a_working_task_from_its_worker(act):
 def viewer(client):
     """The client of a user who may look and not change."""
     user = User.objects.create_user("viewer", is_staff=True)
+    create_permissions(apps.get_app_config("testapp"))  # a flush leaves none, see conftest
     user.user_permissions.set(Permission.objects.filter(codename__in=["view_job", "delete_job"]))
     client.force_login(user)
     return client
