@@ -167,6 +167,12 @@ def test_action_takes_a_working_task_from_its_worker(act):
     assert Job.objects.get().status == job.status
 
 
+@pytest.mark.parametrize("part", [modelqueue.admin_actions, modelqueue.admin_list_filter])
+def test_field_that_is_no_name_is_refused(part):
+    with pytest.raises(TypeError, match="takes the name of a status field, such as 'status', not <"):
+        part(Job.status)
+
+
 @pytest.fixture
 def viewer(client):
     """The client of a user who may look and not change."""

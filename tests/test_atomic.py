@@ -563,11 +563,11 @@ def test_action_that_ends_the_transaction_can_not_finish_what_is_not_its_own(ven
     # The drivers of the servers begin another transaction, in which the row is only this action's.
     expected = {
         "sqlite": [("lease_lost", "fail")],
-        "postgresql": [("lease_lost", "finish")],
+        "postgresql": [("task_finished", "assign")],
         "mysql": [("task_finished", "fail")],
     }
     assert told == expected[vendor]
-    assert (stored(task) == Status.created(5)) == (vendor == "sqlite")
+    assert (stored(task) == Status.created(5)) == (vendor != "mysql")
     assert stored(task).state != State.finished
 
 
@@ -1058,6 +1058,71 @@ def test_related_object_that_was_loaded_with_the_task_stays(django_assert_num_qu
     returned = run_atomic(Job.objects.select_related("project"), raising(Retry()))
     with django_assert_num_queries(0):
         assert returned.project.name == "a"
+
+
+# What the action does to its own row by other ways than its instance
+
+
+def by_delete(paper):
+    Paper.objects.filter(pk=paper.pk).delete()
+
+
+def test_row_that_the_action_deleted_by_its_queryset_is_gone_with_what_it_wrote():
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        by_delete(paper)
+
+    with heard("task_finished", "lease_lost") as events:
+        run_atomic(Paper.objects, act)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "finish")]
+    assert not Paper.objects.exists()
+    assert Ledger.objects.filter(task=paper.pk).count() == 1
+
+
+def test_row_that_goes_with_what_it_belongs_to_is_gone():
+    job = Job.objects.create(project=Project.objects.create())
+
+    def act(job):
+        write_down(job)
+        job.project.delete()
+
+    run_atomic(Job.objects, act)
+    assert not Job.objects.exists()
+    assert Ledger.objects.filter(task=job.pk).count() == 1
+
+
+@pytest.mark.parametrize(
+    "status", [Status.canceled(), Status.created(7), Status.waiting(0, 1), Status.finished(0)]
+)
+def test_status_that_the_action_wrote_by_its_queryset_stands_with_what_it_changed(status):
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        write_down(paper)
+        Paper.objects.filter(pk=paper.pk).update(status=status)
+        paper.title = "b"
+
+    with heard("task_finished", "lease_lost") as events:
+        assert run_atomic(Paper.objects, act).status == status
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "assign")]
+    assert (stored(paper), row(paper).title) == (status, "b")
+    assert Ledger.objects.count() == 1
+
+
+@pytest.mark.parametrize("status", [Status.working(5), 7])
+def test_status_that_nobody_may_leave_is_a_failed_attempt_also_when_written_by_a_queryset(status):
+    paper = Paper.objects.create()
+
+    def act(paper):
+        write_down(paper)
+        Paper.objects.filter(pk=paper.pk).update(status=status)
+
+    with pytest.raises(ValueError, match="as the status of its task"):
+        run_atomic(Paper.objects, act)
+    assert (stored(paper).state, stored(paper).attempts) == (State.waiting, 1)
+    assert not Ledger.objects.exists()
 
 
 # What only the database knows

@@ -19,6 +19,7 @@ from tests.testapp.models import (
     Attachment,
     Paper,
     PickyPaper,
+    PlainJob,
     PrintJob,
     Project,
     ReviewedTask,
@@ -746,6 +747,70 @@ def test_changed_primary_key_is_a_failed_attempt():
         run(Paper.objects, "status", break_it)
     assert (stored(Paper.objects.get()).state, stored(Paper.objects.get()).attempts) == (State.waiting, 1)
     assert Paper.objects.count() == 1
+
+
+def save_as_another(paper):
+    paper.pk = None
+    paper._state.adding = True
+    paper.save()
+
+
+def save_a_copy(paper):
+    other = copy.copy(paper)
+    other.pk = None
+    other.save()
+
+
+def save_under_another_key(paper):
+    paper.pk = Paper.objects.exclude(pk=paper.pk).get().pk
+    paper.save()
+
+
+@pytest.mark.parametrize("model", [Paper, PlainJob])
+@pytest.mark.parametrize("make", [save_as_another, save_a_copy])
+def test_copy_of_the_task_is_not_saved_under_its_lease(model, make):
+    """It would be a working row without a worker, which makes another one when it is recovered."""
+    task = model.objects.create(title="a", status=Status.waiting(0))
+    with pytest.raises(
+        ValueError, match=r"changed the primary key of its task .* status=Status\.waiting\(\)"
+    ):
+        run(model.objects, "status", make)
+    assert [other.pk for other in model.objects.all()] == [task.pk]
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_task_is_not_saved_over_another_row():
+    paper, other = Paper.objects.create(title="a"), Paper.objects.create(title="b", status=Status.created(1))
+    with pytest.raises(ValueError, match="changed the primary key"):
+        run(Paper.objects, "status", save_under_another_key)
+    assert (row(other).title, stored(other)) == ("b", Status.created(1))
+    assert stored(paper).attempts == 1
+
+
+def test_task_itself_is_not_saved_as_another_row_whatever_its_status():
+    """The returned task would be that other row."""
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        paper.status = Status.created(5)
+        save_as_another(paper)
+
+    with pytest.raises(ValueError, match="changed the primary key"):
+        run(Paper.objects, "status", act)
+    assert (Paper.objects.get().pk, stored(paper).attempts) == (paper.pk, 1)
+
+
+def test_copy_with_a_status_of_its_own_is_saved():
+    paper = Paper.objects.create(title="a")
+
+    def act(paper):
+        other = copy.copy(paper)
+        other.pk, other.status = None, Status.created(5)
+        other.save()
+
+    run(Paper.objects, "status", act)
+    assert stored(paper).state == State.finished
+    assert Paper.objects.get(status=Status.created(5)).title == "a"
 
 
 def test_value_that_does_not_compare_is_written():

@@ -10,7 +10,7 @@ from django.test import override_settings
 from django.test.utils import isolate_apps
 
 import modelqueue.checks
-from modelqueue import Status, StatusField
+from modelqueue import State, Status, StatusField
 from tests.testapp.models import Task
 
 ALWAYS = {"condition" if django.VERSION >= (5, 1) else "check": models.Q(pk__gt=0)}
@@ -38,7 +38,6 @@ def warnings(field, **options):
         (StatusField(null=True), {}),
         (StatusField(default=Status.created), {}),
         (StatusField(default=Status.waiting(0)), {}),
-        (StatusField(default=5), {}),
         (StatusField(db_index=False), {"indexes": [models.Index(fields=["status"], name="one")]}),
         (StatusField(db_index=False), {"indexes": [models.Index(fields=["-status", "other"], name="two")]}),
         (StatusField(db_index=False), {"unique_together": [("status", "other")]}),
@@ -76,6 +75,24 @@ def test_default_of_one_moment_is_w002():
     assert identity == "modelqueue.W002"
     assert text.startswith("testapp.Task.status has the default Status(1")
     assert text.endswith("default=modelqueue.Status.created")
+
+
+@pytest.mark.parametrize("default", [5, 0, -1, True, State.waiting, "waiting", 2.5, 6 * 10**18])
+def test_default_that_is_no_status_is_w007(default):
+    [(identity, text)] = warnings(StatusField(default=default)).items()
+    assert identity == "modelqueue.W007"
+    assert text.startswith(f"testapp.Task.status has the default {default!r}, which is no status")
+
+
+@pytest.mark.parametrize(
+    "default", [Status.waiting, Status.waiting(0), int(Status.created(0)), lambda: 5, models.NOT_PROVIDED]
+)
+def test_other_default_is_not_warned_of(default):
+    assert warnings(StatusField(default=default)) == {}
+
+
+def test_default_of_none_is_not_warned_of():
+    assert warnings(StatusField(null=True, default=None)) == {}
 
 
 @pytest.mark.parametrize("db_index", [True, False])

@@ -193,8 +193,10 @@ def test_status_set_by_hand_during_the_action_stands(model, decision, end):
 def test_deleted_row_stays_deleted(model, end):
     task = model.objects.create()
     with heard("lease_lost", "task_finished") as events:
-        lose(model, lambda task: model.objects.filter(pk=task.pk).delete(), end)
+        returned = lose(model, lambda task: model.objects.filter(pk=task.pk).delete(), end)
     assert not model.objects.exists()
+    if returned is not None:  # nothing was recorded
+        assert returned.status == events[0][1]["lease"]
     assert [(name, event["status"], event["pk"]) for name, event in events] == [("lease_lost", None, task.pk)]
 
 

@@ -298,6 +298,13 @@ def test_tally_counts_the_rows_of_the_queryset_given(jobs):
     }
 
 
+def test_tally_of_no_queryset_is_refused():
+    with pytest.raises(
+        TypeError, match=r"tally\(\) counts a QuerySet or a Manager, .* example Job\.objects\."
+    ):
+        Status.tally(Job, "status")
+
+
 def test_tally_counts_a_plain_integer_field(db):
     PlainJob.objects.bulk_create([PlainJob(status=number) for number in [*ENDS, *FOREIGN, None]])
     assert Status.tally(PlainJob.objects, "status") == {state.name: 2 for state in Status.states}

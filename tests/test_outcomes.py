@@ -200,6 +200,20 @@ def test_retry_or_abort_with_a_wrong_delay_is_an_ordinary_failure(error, delay, 
     assert outcome(original, 3, retry=3).status.state == State.canceled
 
 
+def test_error_of_a_wrong_delay_says_where_it_comes_from():
+    said = str(outcome(Retry("busy"), 1, retry=3).raised)
+    assert said.startswith(
+        "Retry and Abort take a delay, no reason: delay is a datetime.timedelta or a callable"
+    )
+    said = str(outcome(ValueError(), 1, retry=3, delay=leaves_out_the_unit).raised)
+    assert "leaves_out_the_unit" in said
+    assert "returned 5 after attempt 2: the wait is a datetime.timedelta, not 5." in said
+
+
+def leaves_out_the_unit(attempts):
+    return 5
+
+
 @pytest.mark.parametrize(("delay", "kind"), [row for row in WRONG_DELAYS if callable(row[0])])
 def test_delay_of_the_queue_that_can_not_be_computed_is_zero_and_is_told(delay, kind):
     original = ValueError("x")

@@ -9,9 +9,9 @@ from asgiref.sync import sync_to_async
 from django.db.models import Count
 from django.db.models.functions import Now
 
-from modelqueue import ONE_HOUR, ZERO_SECS, Abort, Status, arun, run
+from modelqueue import ONE_HOUR, ZERO_SECS, Abort, Status, arun, backoff, run
 from tests.actions import SECOND, stored, succeed, unexpected
-from tests.testapp.models import Job, Paper, PrintJob, Task
+from tests.testapp.models import Job, Paper, PlainJob, PrintJob, Task
 
 pytestmark = pytest.mark.django_db
 
@@ -54,6 +54,11 @@ def test_source_of_another_kind_is_refused(source):
         run(source, "status", unexpected)
 
 
+def test_cure_names_the_model_that_was_given():
+    with pytest.raises(TypeError, match=r"Give for example Paper\.objects\.all\(\)"):
+        run(Paper, "status", unexpected)
+
+
 def test_raw_queryset_is_refused():
     with pytest.raises(TypeError, match="Tasks come from a QuerySet or a Manager"):
         run(Task.objects.raw("SELECT * FROM testapp_task"), "status", unexpected)
@@ -64,12 +69,19 @@ def test_instance_is_refused(task):
         run(task, "status", unexpected)
 
 
+def test_function_that_makes_a_delay_is_refused():
+    with pytest.raises(TypeError, match=r"makes a delay and is none. Call it, as in backoff\.exponential\("):
+        run(Task.objects, "status", unexpected, delay=backoff.exponential)
+
+
 # Fields
 
 
 def test_missing_field_is_named_with_those_there_are():
     with pytest.raises(ValueError, match=r"Task has no field 'state', .* Task has the fields status\."):
         run(Task.objects, "state", unexpected)
+    with pytest.raises(ValueError, match=r"PlainJob has the fields status \(a BigIntegerField\)\."):
+        run(PlainJob.objects, "x", unexpected)
     with pytest.raises(
         ValueError, match=r"Job has no field 'x', .* Job has the fields .*review_status, status\."
     ):

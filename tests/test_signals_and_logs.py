@@ -343,7 +343,7 @@ def test_message_of_a_row_that_is_gone(caplog):
     Job.objects.create(status=Status.waiting(0))
     run(Job.objects, "status", lambda task: Job.objects.all().delete())
     [line] = text(caplog)
-    assert line.endswith("or somebody changed the status or deleted the row meanwhile [gone]")
+    assert line.endswith("by somebody or by the action [gone]")
 
 
 def test_row_that_can_not_be_loaded_has_its_line(caplog):

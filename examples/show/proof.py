@@ -41,7 +41,7 @@ def report(drain: Drain, total: int) -> bool:
     print(f"  {total:,} documents in {drain.seconds:.1f} s: {total / drain.seconds:,.0f} a second")
 
     canceled = Document.objects.filter(status__state="canceled").order_by("path")
-    print(f"\nCanceled after {RETRY + 1} attempts, and why")
+    print(f"\nCanceled after {RETRY + 1} attempts, as this Python can not parse them")
     # Ours first: the standard library's own test data has files that are not valid, too.
     for document in sorted(canceled, key=lambda document: "invalid" not in document.path)[:SHOWN]:
         print(f"  {short(document.path)}\n    {document.error.splitlines()[0]}")

@@ -44,6 +44,7 @@ def admin_actions(field: str) -> list[Action]:
     Args:
         field: the name of the `StatusField`.
     """
+    _check_name("admin_actions", field)
     name = field.replace("_", " ")
     to_state = [
         _action(
@@ -124,6 +125,7 @@ def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
     Args:
         field: the name of the `StatusField`.
     """
+    _check_name("admin_list_filter", field)
     about = field.removesuffix("status").replace("_", " ").strip()
 
     class QueueFilter(admin.SimpleListFilter):
@@ -138,6 +140,11 @@ def admin_list_filter(field: str) -> type[admin.SimpleListFilter]:
             return queryset if name is None else _in_state(queryset, field, name)
 
     return QueueFilter
+
+
+def _check_name(function: str, field: object) -> None:
+    if not isinstance(field, str):
+        raise TypeError(f"{function}() takes the name of a status field, such as 'status', not {field!r}.")
 
 
 def _in_state(rows: QuerySet[Any], field: str, name: str) -> QuerySet[Any]:

@@ -29,7 +29,7 @@ from django.dispatch import Signal
 from modelqueue import signals
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.clock import now
-from modelqueue.engines import Claim, engine_for
+from modelqueue.engines import Claim, Place, engine_for
 from modelqueue.fields import is_saved, set_loaded
 from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
@@ -124,9 +124,9 @@ class Attempt(Generic[M]):
         is_broken = False
         try:
             with transaction.atomic(using=self.source.using):
-                mark = self.engine.mark()
+                place = self.engine.place()
                 error = _call(action, task)
-                if self.engine.return_to(mark):
+                if self.engine.return_to(place):
                     error = self.error_of_left_open(error)
                 is_broken = self.engine.connection.needs_rollback
         except DatabaseError as aborted:  # PostgreSQL, after an error that the action has swallowed
@@ -282,8 +282,8 @@ class Attempt(Generic[M]):
         elif task is not None and is_saved(task, self.source.field):
             # Assigned by a save() or a pre_save of the user.
             stored = task.__dict__[self.source.field.attname]
-        if task is not None and exists:
-            set_loaded(task, self.source.field, stored)
+        if task is not None and (exists or not is_written):
+            set_loaded(task, self.source.field, stored if exists else self.claim.lease)
         column = self.source.error_field
         if task is not None and column is not None and is_written and outcome.note is not None:
             setattr(task, column.attname, outcome.note)
@@ -449,6 +449,12 @@ class AtomicAttempt(Attempt[M]):
         super().__init__(source, policy, claim)
         #: Has the database said so? It may have committed without our hearing of it.
         self.is_committed = False
+        #: What the action has made of the row by other ways than its instance.
+        self.made: set[Status | None] = set()
+
+    @property
+    def held(self) -> set[Status | None]:
+        return super().held | self.made
 
     def run(self, action: Callable[[M], object]) -> M | None:
         if self.task is None:
@@ -465,15 +471,14 @@ class AtomicAttempt(Attempt[M]):
                 return self.record(Outcome("release", self.claim.row.status, unavailable))
             if opened is None:
                 return self.lose(Outcome("release", self.claim.row.status))
-            with opened:
-                success = self.succeed(action, task, snapshot)
+            transaction_of_ours, place = opened
+            with transaction_of_ours:
+                success = self.succeed(action, task, snapshot, place)
             if not self.is_outer and self.engine.is_inside_transaction():
                 raise TransactionManagementError(
                     "A hook of the commit returned in the middle of a transaction, which was rolled back. "
                     "Leave every transaction that a hook begins."
                 )
-        except _LostError as lost:
-            return self.lose(lost.outcome)
         except BaseException as error:
             return self.fail(error, success)
         finally:
@@ -481,7 +486,7 @@ class AtomicAttempt(Attempt[M]):
         self.conclude(success.outcome, is_written=True)
         return success.outcome
 
-    def hold(self) -> ExitStack | None:
+    def hold(self) -> tuple[ExitStack, Place] | None:
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
         with ExitStack() as stack:
             stack.enter_context(transaction.atomic(using=self.source.using))
@@ -489,42 +494,50 @@ class AtomicAttempt(Attempt[M]):
                 if not self.is_outer:
                     # Before any hook of the action, as none is called after one that fails.
                     transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
-                return stack.pop_all()
+                place = self.engine.mark()
+                return stack.pop_all(), place
         return None
 
     def note_commit(self) -> None:
         self.is_committed = True
 
-    def succeed(self, action: Callable[[M], object], task: M, snapshot: Snapshot) -> _Success:
+    def succeed(self, action: Callable[[M], object], task: M, snapshot: Snapshot, place: Place) -> _Success:
         """Act, and write the success; raise whatever is none, so that all is rolled back."""
-        with self.same_transaction():
+        with self.same_transaction(place):
             error = _call(action, task)
             if error is not None:
                 raise error
         outcome = self.decide(None)
         if outcome.error is not None:
             raise outcome.error
-        self.keep_leases_unique(outcome)
-        with self.same_transaction():  # a save() of the model's own may misuse it, too
-            is_written = self.write(outcome, snapshot)
-        is_deleted = not is_written and self.is_deleted_by_action()
-        if not (is_written or is_deleted or self.is_saved_by_action(outcome)):
-            raise _LostError(outcome)  # the action has ended our transaction, and with it the lock
+        exists = True
+        if not self.write_success(outcome, snapshot):
+            # The row is locked, so this was the action, by other ways than its instance: it has deleted what
+            # the task belongs to, or used QuerySet.update(). As everything it wrote, that is to stand.
+            exists, made = self.read()
+            if exists:
+                outcome = assigned(made, self.source.field.null)
+                self.made = {made}
+                self.write_success(outcome, snapshot)
         status = outcome.status
         if is_saved(task, self.source.field):  # by a save() or a pre_save of the user, instead
             status = task.__dict__[self.source.field.attname]
         snapshot.prepare_commit()
-        return _Success(outcome, (False, None) if is_deleted else (True, status), snapshot)
+        return _Success(outcome, (True, status) if exists else (False, None), snapshot)
+
+    def write_success(self, outcome: Outcome, snapshot: Snapshot) -> bool:
+        self.keep_leases_unique(outcome)
+        with self.same_transaction(self.engine.mark()):  # a save() of the model's own may misuse it, too
+            return self.write(outcome, snapshot)
 
     @contextmanager
-    def same_transaction(self) -> Iterator[None]:
+    def same_transaction(self, place: Place) -> Iterator[None]:
         """Let code of others do its work in our transaction, and raise if it does not leave it as it was."""
-        mark = self.engine.mark()
         try:
             yield
         finally:
-            was_left_open = self.engine.return_to(mark)
-        if not self.engine.is_at(mark):
+            was_left_open = self.engine.return_to(place)
+        if not self.engine.is_at(place):
             raise TransactionManagementError(
                 "The action closed its connection, or left the transaction that it ran in, so nobody knows "
                 "what it wrote. With atomic=True leave both alone."
@@ -552,7 +565,7 @@ class AtomicAttempt(Attempt[M]):
         return success.outcome
 
     def lose(self, dropped: Outcome) -> Outcome:
-        """Tell that somebody has taken the task away before the action could begin, or with its help."""
+        """Tell that somebody has taken the task away before the action could begin."""
         self.restore_own_connection()
         self.undo()
         self.conclude(dropped, is_written=False)
@@ -576,14 +589,6 @@ class _Success(NamedTuple):
     stored: tuple[bool, Status | None]
     """What `read` finds then."""
     snapshot: Snapshot
-
-
-class _LostError(Exception):
-    """The row is not under our lease any more, so nothing of the attempt may be committed."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
 
 
 def _call(action: Callable[[M], object], task: M) -> BaseException | None:

@@ -43,12 +43,23 @@ class Snapshot:
             (None, self._copy_of(_loaded_fields(instance)))
         ]
         self._related = dict(instance._state.fields_cache)
+        self._pk = instance.pk
         self._standing: list[Saved] = []
         self._undone: dict[str, Any] | None = None
         instance.__dict__[WATCHER] = self
 
     def close(self) -> None:
         self._instance.__dict__.pop(WATCHER, None)
+
+    def check(self, instance: models.Model) -> None:
+        """Refuse to make another row of the task which nobody owns, and which begins its action once more.
+
+        Raises:
+            ValueError: the instance, or a copy of it under our lease, has another primary key.
+        """
+        has_lease = instance.__dict__.get(self._status.attname) == self._lease
+        if instance.pk != self._pk and (instance is self._instance or has_lease):
+            raise ValueError(self._text_of_changed_key(instance))
 
     def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
         if instance is self._instance:  # and no copy.copy() that the action made
@@ -164,12 +175,15 @@ class Snapshot:
             if field is self._status or not _differs(known.get(field.attname, _UNREAD), value):
                 continue
             if field in keys:
-                raise ValueError(
-                    "The action changed the primary key of its task from "
-                    f"{known[field.attname]!r} to {value!r}. Create another row instead."
-                )
+                raise ValueError(self._text_of_changed_key(instance))
             changed.append(field)
         return changed
+
+    def _text_of_changed_key(self, instance: models.Model) -> str:
+        return (
+            f"The action changed the primary key of its task from {self._pk!r} to {instance.pk!r}. Create "
+            f"another row instead, with a status of its own: {self._status.name}=Status.waiting()."
+        )
 
 
 def save_merged(instance: models.Model, changed: Fields, status: models.Field[Any, Any], using: str) -> None:

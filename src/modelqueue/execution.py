@@ -56,10 +56,11 @@ def run(
             the database is the one that the router names for writing.
         field: the name of the `StatusField` (or other BigIntegerField).
         action: gets the task. When it returns, the task is finished; what it changed on the task
-            is saved. It may raise `Retry`, `Abort` or `Cancel`, or assign the field itself.
+            is saved. It may raise `Retry`, `Abort` or `Cancel`, or assign a `Status` to ``field``.
         retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
         timeout: how long an attempt may take. After that its worker counts as dead, and any call
-            of `run` with this queryset takes the task back, as a failed attempt.
+            of `run` whose queryset has the row takes the task back, as a failed attempt, by its own
+            timeout.
         delay: how long a task waits after a failed attempt: a timedelta, or a callable
             (attempts) -> timedelta, see `modelqueue.backoff`.
         error_field: the name of an `ErrorField` that takes the text of a failure.
@@ -69,7 +70,8 @@ def run(
             actions, as an open transaction holds up others.
 
     Returns:
-        The task, with the status that was recorded, or None when nothing is due.
+        The task, with the status that its row holds now (that of the claim if the row is gone), or None
+        when nothing is due.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind; nothing was claimed.
@@ -122,7 +124,7 @@ async def arun(
         atomic: as for `run`, and for synchronous actions alone: a transaction belongs to a thread.
 
     Returns:
-        The task, with the status that was recorded, or None when nothing is due.
+        The task or None, as `run` does.
 
     Raises:
         asyncio.CancelledError: this, or the action, was canceled.

@@ -101,7 +101,12 @@ class StatusField(_BigIntegerField[_ST, _GT]):
 
     def get_prep_value(self, value: Any) -> Any:
         _refuse_state(self, value)
-        return super().get_prep_value(value)
+        try:
+            return super().get_prep_value(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{error} Give for example Status.waiting(); to compare with a state use {self.name}__state."
+            ) from error
 
     def to_python(self, value: Any) -> Any:
         if value is None or isinstance(value, Status):
@@ -155,6 +160,19 @@ class StatusField(_BigIntegerField[_ST, _GT]):
 
     def _check_default(self) -> list[checks.CheckMessage]:
         default = self.default
+        if self.has_default() and default is not None and not callable(default):
+            is_number = isinstance(default, int) and not isinstance(default, (State, bool))
+            if not is_number or Status(default).state not in Status.states:
+                return [
+                    checks.Warning(
+                        f"{self} has the default {default!r}, which is no status, so no worker ever sees a "
+                        "new row.",
+                        hint="Give a function, default=modelqueue.Status.waiting, or a number that it "
+                        "makes, such as Status.waiting(priority=0).",
+                        obj=self,
+                        id="modelqueue.W007",
+                    )
+                ]
         if not isinstance(default, Status) or priority_to_datetime(default.priority) is None:
             return []
         return [
@@ -220,6 +238,9 @@ WATCHER = "_modelqueue_watcher"
 
 class Watcher(Protocol):
     """Who wants to know what is loaded into an instance and saved from it while an action runs."""
+
+    def check(self, instance: models.Model) -> None:
+        """An instance, or a copy of it, is about to be saved; raises if it must not be."""
 
     def loaded(self, instance: models.Model, before: dict[str, Any]) -> None:
         """`refresh_from_db` has set values; `before` is the instance's __dict__ as it was."""
@@ -388,6 +409,9 @@ def _saves(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def save_base(self: models.Model, *args: Any, **kwargs: Any) -> None:
+        watcher: Watcher | None = self.__dict__.get(WATCHER)
+        if watcher:
+            watcher.check(self)
         pending = [name for name in _record(self) if _is_to_be_written(self, name)]
         try:
             method(self, *args, **kwargs)
@@ -397,7 +421,6 @@ def _saves(method: Callable[..., None]) -> Callable[..., None]:
                     _note(self, name, _ASSIGNED)
             raise
         written = [name for name, entry in _record(self).items() if entry == _SAVING]
-        watcher: Watcher | None = self.__dict__.get(WATCHER)
         if written or watcher:
             saved = Saved(str(self._state.db))
             for name in written:

@@ -46,7 +46,7 @@ def log_lease_lost(sender: type[Model], **facts: Any) -> None:
     else:
         text = (
             f"lease lost, its outcome {facts['outcome']} is dropped; the action took longer than the "
-            "timeout, or somebody changed the status or deleted the row meanwhile"
+            "timeout, or the status was changed or the row deleted meanwhile, by somebody or by the action"
         )
     _log(logging.WARNING, "lease_lost", text, sender, facts)
 

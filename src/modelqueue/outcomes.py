@@ -15,6 +15,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Literal
 
+from modelqueue import backoff
 from modelqueue.backoff import Delay
 from modelqueue.exceptions import Abort, Cancel, LeaseExpired, Retry
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, shifted
@@ -26,6 +27,7 @@ Ending = Literal["finish", "assign", "retry", "abort", "cancel", "fail", "releas
 it raised `Retry`, `Abort`, `Cancel`, or anything else (``fail``); or it was canceled from outside and
 the task is given back uncharged (``release``)."""
 
+_FACTORIES = (backoff.exponential, backoff.fixed, backoff.linear)
 ERROR_LIMIT = 10_000
 MOST_RETRIES = Status.max_attempts - 1
 
@@ -58,6 +60,11 @@ class Policy:
         _check_duration("timeout", timeout)
         if inspect.iscoroutinefunction(delay):
             raise TypeError(f"delay={delay!r} is an async function, which nobody awaits. Use def.")
+        if delay in _FACTORIES:
+            raise TypeError(
+                f"delay={delay!r} makes a delay and is none. Call it, as in "
+                f"backoff.{getattr(delay, '__name__', '')}(datetime.timedelta(seconds=30))."
+            )
         if not callable(delay):
             _check_duration("delay", delay)
         return cls(retry, timeout, delay)
@@ -85,21 +92,25 @@ class Policy:
             the callable raises.
         """
         chosen = self.delay if delay is None else delay
-        if callable(chosen):
-            chosen = chosen(min(attempts, Status.max_attempts))
-        _check_duration("delay", chosen)
-        return chosen
+        if not callable(chosen):
+            where = "" if delay is None else "Retry and Abort take a delay, no reason: "
+            _check_duration("delay", chosen, where)
+            return chosen
+        number = min(attempts, Status.max_attempts)
+        wait = chosen(number)
+        _check_duration("the wait", wait, f"delay={chosen!r} returned {wait!r} after attempt {number}: ")
+        return wait
 
 
-def _check_duration(name: str, value: object) -> None:
+def _check_duration(name: str, value: object, where: str = "") -> None:
     if not isinstance(value, dt.timedelta):
         raise TypeError(
-            f"{name} is a datetime.timedelta"
+            f"{where}{name} is a datetime.timedelta"
             + (" or a callable (attempts) -> timedelta" if name == "delay" else "")
             + f", not {value!r}. Give for example datetime.timedelta(seconds=30)."
         )
     if value < ZERO_SECS:
-        raise ValueError(f"{name}={value} is negative. Give a timedelta of zero or more.")
+        raise ValueError(f"{where}{name}={value} is negative. Give a timedelta of zero or more.")
 
 
 @dataclass(frozen=True)

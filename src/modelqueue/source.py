@@ -18,7 +18,7 @@ from django.db import models
 from django.db.models import F
 from django.db.models.query import ModelIterable
 
-from modelqueue.fields import ErrorField, make_watchable
+from modelqueue.fields import ErrorField, StatusField, make_watchable
 from modelqueue.status import State, Status
 
 __all__ = ["Source", "Tasks"]
@@ -49,7 +49,7 @@ class Source(Generic[M]):
         if not isinstance(queryset, (models.QuerySet, models.Manager)):
             raise TypeError(
                 f"Tasks come from a QuerySet or a Manager, not from {queryset!r}. "
-                "Give for example Task.objects.all()."
+                f"Give for example {getattr(queryset, '__name__', 'Task')}.objects.all()."
             )
         rows = on_write_database(queryset.all())
         _check_claimable(rows)
@@ -184,7 +184,7 @@ def _field_of_type(
     if not isinstance(name, str):
         raise TypeError(f"A field is given by its name, a str, not by {name!r}.")
     candidates = sorted(
-        field.name
+        field.name + ("" if isinstance(field, (StatusField, ErrorField)) else f" (a {type(field).__name__})")
         for field in model._meta.concrete_fields
         if isinstance(field, kind) and not isinstance(field, models.AutoField)  # as BigAutoField is
     )

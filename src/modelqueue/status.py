@@ -305,9 +305,18 @@ class Status(int):
         Returns:
             The five names of the states, in order, each with its count, zero included. NULL and
             foreign numbers are left out.
-        """
-        from django.db.models import Count, Q  # here, so that the number itself needs no Django
 
+        Raises:
+            TypeError: `queryset` is none, nor a manager.
+        """
+        from django.db.models import Count, Manager, Q, QuerySet  # here: the number itself needs no Django
+
+        given: object = queryset
+        if not isinstance(given, (QuerySet, Manager)):
+            name = getattr(given, "__name__", "Task")
+            raise TypeError(
+                f"tally() counts a QuerySet or a Manager, not {given!r}. Give for example {name}.objects."
+            )
         counts = {
             f"modelqueue_{state.name}": Count(field, filter=Q(**cls.filter(field, state)))
             for state in cls.states

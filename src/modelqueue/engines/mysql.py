@@ -8,7 +8,7 @@ from django.db import transaction
 from django.db.utils import Error
 
 from modelqueue.engines.base import Engine
-from modelqueue.engines.sessions import Mark
+from modelqueue.engines.sessions import Place
 
 _TRY_AGAIN = {
     1020,  # ER_CHECKREAD: record has changed since last read (MariaDB, snapshot isolation)
@@ -38,7 +38,7 @@ class MySQLEngine(Engine):
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
         return super().transaction()
 
-    def mark(self) -> Mark:
+    def mark(self) -> Place:
         # A deadlock rolls back the whole transaction, and what comes after it begins another one, without
         # a word to who has caught the error. A savepoint does not outlive that.
         self._execute_plainly(f"SAVEPOINT {_MARK}")

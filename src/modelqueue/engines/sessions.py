@@ -27,7 +27,7 @@ __all__ = ["PATIENCE", "Session"]
 T = TypeVar("T")
 
 #: A session with the database, and the atomic() blocks that are open in it, the outermost first.
-Mark = tuple[Any, "list[transaction.Atomic]"]
+Place = tuple[Any, "list[transaction.Atomic]"]
 
 #: Seconds for which "try again" errors are retried.
 PATIENCE = 30.0
@@ -48,24 +48,25 @@ class Session:
 
     # Transactions
 
-    def mark(self) -> Mark:
+    def place(self) -> Place:
         """Return in which transaction the connection is: its session, and each atomic() around."""
-        return self._place()
-
-    def _place(self) -> Mark:
         return self.connection.connection, list(self.connection.atomic_blocks)
 
-    def return_to(self, mark: Mark) -> bool:
+    def mark(self) -> Place:
+        """Mark the open transaction, to know it again by `is_at`; return its place."""
+        return self.place()
+
+    def return_to(self, place: Place) -> bool:
         """Roll back each atomic() that was entered since and never left; return whether there was one."""
-        open_blocks, (_, known) = self.connection.atomic_blocks, mark
+        open_blocks, (_, known) = self.connection.atomic_blocks, place
         left_open = open_blocks[len(known) :] if open_blocks[: len(known)] == known else []
         for block in reversed(left_open):
             block.__exit__(TransactionManagementError, TransactionManagementError(), None)
         return bool(left_open)
 
-    def is_at(self, mark: Mark) -> bool:
-        """Say whether the transaction is still the one that was marked, and as deep."""
-        is_ours = not self.connection.closed_in_transaction and self._place() == mark
+    def is_at(self, place: Place) -> bool:
+        """Say whether the transaction is still the one that was marked last, and as deep."""
+        is_ours = not self.connection.closed_in_transaction and self.place() == place
         return is_ours and (self.connection.needs_rollback or self._is_still_open())
 
     def _is_still_open(self) -> bool:
