@@ -6,8 +6,12 @@ Only that is written back. Everything else of the row belongs to whoever edited 
 from __future__ import annotations
 
 import copy
+import datetime as dt
+import functools
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from django.db import models, router
 from django.db.models.fields.files import FieldFile
@@ -22,6 +26,7 @@ __all__ = ["Snapshot", "is_saved_by_plain_update", "save_merged"]
 Fields = list["models.Field[Any, Any]"]
 
 _UNREAD = object()  # the value of a deferred field
+_IMMUTABLE = {bool, bytes, dt.date, dt.datetime, dt.time, Decimal, float, int, Status, str, type(None), UUID}
 
 
 class Snapshot:
@@ -217,7 +222,12 @@ def is_saved_by_plain_update(model: type[models.Model]) -> bool:
     """
     if model.save is not models.Model.save or pre_save.has_listeners(model) or post_save.has_listeners(model):
         return False
-    return not any(_computes_on_save(field) for field in model._meta.concrete_fields)
+    return not _has_field_that_computes_on_save(model)
+
+
+@functools.lru_cache(maxsize=1000)
+def _has_field_that_computes_on_save(model: type[models.Model]) -> bool:
+    return any(_computes_on_save(field) for field in model._meta.concrete_fields)
 
 
 def _computes_on_save(field: models.Field[Any, Any]) -> bool:
@@ -254,6 +264,8 @@ def _fetch_keys_of_related(instance: models.Model) -> Fields:
 
 
 def _copied(value: Any) -> Any:
+    if type(value) in _IMMUTABLE:  # deepcopy() takes long to find that out
+        return value
     if isinstance(value, FieldFile):
         return value.name  # its deep copy would copy the whole instance
     if _is_expression(value):

@@ -11,6 +11,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 from django.db import models
@@ -28,6 +29,8 @@ __all__ = ["arun", "run"]
 
 M = TypeVar("M", bound=models.Model)
 
+#: What can not be called like a plain function.
+_SPECIAL = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 #: Seconds after which `run` recovers again although there are tasks to run.
 _RECOVERY_INTERVAL = 1.0
 _last_recovery: dict[tuple[Any, ...], float] = {}
@@ -176,6 +179,8 @@ def _is_async(action: object) -> bool:
     """Say whether an action is to be awaited; raise if it can not be an action at all."""
     if not callable(action):
         raise TypeError(f"The action is a callable that gets the task, not {action!r}.")
+    if _is_plain_function(action):
+        return False
     function = action.func if isinstance(action, functools.partial) else action
     called = (function, type(function).__call__)
     if any(inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one) for one in called):
@@ -184,6 +189,11 @@ def _is_async(action: object) -> bool:
             "Give a function without yield."
         )
     return any(inspect.iscoroutinefunction(one) for one in called)
+
+
+def _is_plain_function(action: object) -> bool:
+    """Say so at once of the most usual action, as to ask `inspect` takes long."""
+    return isinstance(action, FunctionType) and not (action.__code__.co_flags & _SPECIAL or action.__dict__)
 
 
 def _check_atomic(atomic: object) -> None:

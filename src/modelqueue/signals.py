@@ -19,7 +19,7 @@ __all__ = ["lease_lost", "task_claimed", "task_finished", "task_recovered"]
 #: A worker has claimed a task and is about to run its action.
 #:
 #: ``task``: the instance; ``status``: the working `Status`, which is the lease.
-task_claimed = Signal()
+task_claimed = Signal(use_caching=True)
 
 #: An attempt has ended and its outcome is recorded.
 #:
@@ -27,19 +27,19 @@ task_claimed = Signal()
 #: recorded (None: taken out of the queue);
 #: ``outcome``: one of the words of `modelqueue.outcomes.Ending`, such as ``"finish"`` or ``"retry"``;
 #: ``error``: the exception that ended the attempt, or None.
-task_finished = Signal()
+task_finished = Signal(use_caching=True)
 
 #: A task whose lease ran out was taken back from the worker that held it.
 #:
 #: ``lease``: the `Status` that the dead worker held; ``status``: the new one.
-task_recovered = Signal()
+task_recovered = Signal(use_caching=True)
 
 #: An attempt has ended, but its lease was gone: nothing of its outcome was recorded.
 #:
 #: ``task``: the instance; ``lease``: the `Status` that the worker held; ``status``: the one that stands
 #: in the row now (None: the row is gone or out of the queue); ``outcome``, ``error``: as in
 #: `task_finished`, of the attempt that was dropped (``"release"`` and None: its action was not called).
-lease_lost = Signal()
+lease_lost = Signal(use_caching=True)
 
 
 def send(signal: Signal, model: type[Model], *, pk: Any, field: str, using: str, **arguments: Any) -> None:

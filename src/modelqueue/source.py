@@ -11,7 +11,7 @@ import datetime as dt
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, TypeVar, Union
+from typing import Any, Generic, TypeVar, Union, cast
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db import models
@@ -51,7 +51,7 @@ class Source(Generic[M]):
                 f"Tasks come from a QuerySet or a Manager, not from {queryset!r}. "
                 f"Give for example {getattr(queryset, '__name__', 'Task')}.objects.all()."
             )
-        rows = on_write_database(queryset.all())
+        rows = on_write_database(queryset)
         _check_claimable(rows)
         # What follows changes a clone of the caller's. order_by() and the like would make more of them.
         rows.query.clear_ordering(force=True)
@@ -124,14 +124,14 @@ class Source(Generic[M]):
         return rows
 
 
-def on_write_database(rows: models.QuerySet[M]) -> models.QuerySet[M]:
-    """Return the same rows on the alias they name with ``using()``, else on the one to write them to."""
+def on_write_database(rows: Tasks[M]) -> models.QuerySet[M]:
+    """Return a clone with the alias that it names with ``using()``, else the one to write its rows to."""
     # What QuerySet.update() asks the router, see QuerySet.db; there is no public way to ask it ahead.
     clone: Any = rows.all()
     clone._for_write = True
     clone._db = clone.db  # using() would make one more clone
-    rows = clone
-    return rows
+    made: models.QuerySet[M] = clone
+    return made
 
 
 def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Iterator[models.QuerySet[Any]]:
@@ -183,25 +183,32 @@ def _field_of_type(
 ) -> models.Field[Any, Any]:
     if not isinstance(name, str):
         raise TypeError(f"A field is given by its name, a str, not by {name!r}.")
-    candidates = sorted(
-        field.name + ("" if isinstance(field, (StatusField, ErrorField)) else f" (a {type(field).__name__})")
-        for field in model._meta.concrete_fields
-        if isinstance(field, kind) and not isinstance(field, models.AutoField)  # as BigAutoField is
-    )
-    has = f"{model.__name__} has " + (
-        f"the fields {', '.join(candidates)}." if candidates else "none: add one."
-    )
     try:
         field = model._meta.get_field(name)
     except FieldDoesNotExist:
         raise ValueError(
-            f"{model.__name__} has no field {name!r}, which should be {wanted}. Of that kind {has}"
+            f"{model.__name__} has no field {name!r}, which should be {wanted}. "
+            f"Of that kind {_fields_of_type(model, kind)}"
         ) from None
-    if not isinstance(field, kind) or isinstance(field, models.AutoField):
+    if not _is_of_type(field, kind):
         raise TypeError(
-            f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. Of that kind {has}"
+            f"{model.__name__}.{name} is a {type(field).__name__}, not {wanted}. "
+            f"Of that kind {_fields_of_type(model, kind)}"
         )
-    return field
+    return cast("models.Field[Any, Any]", field)
+
+
+def _fields_of_type(model: type[models.Model], kind: type[models.Field[Any, Any]]) -> str:
+    found = sorted(
+        field.name + ("" if isinstance(field, (StatusField, ErrorField)) else f" (a {type(field).__name__})")
+        for field in model._meta.concrete_fields
+        if _is_of_type(field, kind)
+    )
+    return f"{model.__name__} has " + (f"the fields {', '.join(found)}." if found else "none: add one.")
+
+
+def _is_of_type(field: Any, kind: type[models.Field[Any, Any]]) -> bool:
+    return isinstance(field, kind) and not isinstance(field, models.AutoField)  # as BigAutoField is
 
 
 def _check_claimable(rows: models.QuerySet[Any]) -> None:

@@ -137,6 +137,8 @@ class State(int):
         >>> State.of("finished"), State.of(5)
         (State(4, 'finished'), State(5, 'canceled'))
         """
+        if type(state) is State and _STATES_BY_NUMBER.get(state) is state:
+            return state
         if isinstance(state, str):
             found = _STATES_BY_NAME.get(state)
         elif isinstance(state, int) and not isinstance(state, bool):

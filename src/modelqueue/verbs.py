@@ -164,4 +164,4 @@ def _rows_to_enqueue(
         return rows
     if not isinstance(given, (models.QuerySet, models.Manager)):
         raise TypeError(f"enqueue() takes a QuerySet, a Manager or an instance, not {given!r}.")
-    return on_write_database(given.all())
+    return on_write_database(given)
