@@ -323,7 +323,7 @@ def reference() -> str:
 
 
 def entries() -> set[str]:
-    directive = r"^ *\.\. (?:auto(?:function|class|exception)|py:data):: modelqueue\.([\w.]+)$"
+    directive = r"^ *\.\. (?:auto(?:function|class|exception)|py:data):: modelqueue\.([\w.]+)(?:\(\))?$"
     return set(re.findall(directive, reference(), re.MULTILINE))
 
 

@@ -39,6 +39,7 @@ What is here:
 * the number: `State`, `Status`, `now`, `datetime_to_int`, `ONE_HOUR`, `ZERO_SECS`;
 * the model fields: `StatusField`, `ErrorField`;
 * running tasks: `run`, `arun`, `enqueue`; `Retry`, `Abort`, `Cancel` for an action to raise; `backoff`;
+* declaring queues: `queue`, `Queue`, `declared_queues`; `current` inside an action;
 * watching: the signals `task_claimed`, `task_finished`, `task_recovered`, `lease_lost`; the logger
   ``modelqueue``;
 * for your own admin: `admin_actions`, `admin_list_filter`.
@@ -51,8 +52,9 @@ from typing import TYPE_CHECKING, Any
 from modelqueue import backoff
 from modelqueue import log as log  # connects its receivers
 from modelqueue.exceptions import Abort, Cancel, Retry
-from modelqueue.execution import arun, run
+from modelqueue.execution import Current, arun, current, run
 from modelqueue.fields import ErrorField, StatusField
+from modelqueue.queues import Queue, declared_queues, queue
 from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, now
 from modelqueue.verbs import enqueue
@@ -68,7 +70,9 @@ __all__ = [
     "ZERO_SECS",
     "Abort",
     "Cancel",
+    "Current",
     "ErrorField",
+    "Queue",
     "Retry",
     "State",
     "Status",
@@ -77,10 +81,13 @@ __all__ = [
     "admin_list_filter",
     "arun",
     "backoff",
+    "current",
     "datetime_to_int",
+    "declared_queues",
     "enqueue",
     "lease_lost",
     "now",
+    "queue",
     "run",
     "task_claimed",
     "task_finished",

@@ -1,4 +1,4 @@
-"""The app ``modelqueue``: put it in INSTALLED_APPS for the system checks. It has no models."""
+"""The app ``modelqueue``: put it in INSTALLED_APPS for the worker and the system checks. It has no models."""
 
 from __future__ import annotations
 
@@ -11,3 +11,6 @@ class ModelQueueConfig(AppConfig):
 
     def ready(self) -> None:
         from modelqueue import checks  # noqa: F401  (registers them)
+        from modelqueue.queues import discover
+
+        discover()

@@ -18,8 +18,9 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from django.db import DatabaseError, models, transaction
 from django.db.transaction import TransactionManagementError
@@ -36,7 +37,7 @@ from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
 from modelqueue.threads import Kept, NotCalled, await_with_own_thread, call_in_own_thread, in_thread
 
-__all__ = ["AsyncAttempt", "AtomicAttempt", "Attempt"]
+__all__ = ["AsyncAttempt", "AtomicAttempt", "Attempt", "Renewable", "running"]
 
 M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
@@ -58,6 +59,23 @@ _WENT_ON = (
 )
 
 
+#: The attempt whose action is being run, for `modelqueue.current`.
+running: ContextVar[Attempt[Any]] = ContextVar("modelqueue_running")
+
+
+class Renewable(Protocol):
+    """A lease that somebody renews while the action runs, see `modelqueue.leases`."""
+
+    def renew(self) -> bool:
+        """Renew it now; return whether it is still held."""
+
+    def end(self) -> None:
+        """Renew it no more, as the outcome is to be written under it."""
+
+    def resume(self) -> None:
+        """Renew it again, as the outcome could not be written yet."""
+
+
 class Attempt(Generic[M]):
     """A claimed task and what becomes of it: the steps in the order in which they are taken."""
 
@@ -70,16 +88,39 @@ class Attempt(Generic[M]):
         #: Is it inside a transaction of the caller?
         self.is_outer = self.engine.is_inside_transaction()
         self.snapshot: Snapshot | None = None
+        #: What may stand in the row while the task is ours; a renewal changes it, see `Engine.renew`.
+        self.leases: set[Status] = {claim.lease}
+        #: What renews the lease, if anything does.
+        self.renewal: Renewable | None = None
+        #: Is the task still ours, as far as its renewals know?
+        self.is_held = True
+        #: The declared queue that the task was claimed from.
+        self.queue: Any = None
+        self.began = now()
+
+    @property
+    def lease(self) -> Status:
+        """The lease as it was renewed last."""
+        return max(self.leases)
 
     @property
     def held(self) -> set[Status | None]:
-        """What stands in the row as long as the task is ours."""
-        return {self.claim.lease} if self.snapshot is None else self.snapshot.held
+        """What stands in the row as long as the task is ours, a status that the action saved included."""
+        saved = set() if self.snapshot is None else self.snapshot.held
+        return saved | self.leases
 
     def run(self, action: Callable[[M], object]) -> M | None:
         """Take all steps; return the task, or raise what its attempt ended with."""
+        outcome = self.process(action)
+        self.let_its_time_come(outcome)
+        if outcome.raised is not None:
+            raise outcome.raised
+        return self.task
+
+    def process(self, action: Callable[[M], object]) -> Outcome:
+        """Act, decide, record and tell; return the outcome, whatever it is."""
         error = self.claim.error if self.task is None else self.act(action, self.task)
-        return self.end(self.record(self.decide(error)))
+        return self.record(self.decide(error))
 
     # Act
 
@@ -103,7 +144,20 @@ class Attempt(Generic[M]):
         """Call the action, and leave its connection fit for use; return what it raised, or None."""
         if self.is_outer:
             return self.call_in_savepoint(action, task)
-        return self.restore_connection(_call(action, task))
+        return self.restore_connection(self.call_it(action, task))
+
+    def call_it(self, action: Callable[[M], object], task: M) -> BaseException | None:
+        """Call the action, in which `running` is this attempt; return what it raised, or None."""
+        token = running.set(self)
+        try:
+            return _call(action, task)
+        finally:
+            running.reset(token)
+
+    def settle(self, error: BaseException | None) -> Outcome:
+        """Take the steps after the action, in whatever thread this is; return the outcome."""
+        self.engine = engine_for(self.source.using)
+        return self.record(self.decide(error))
 
     def close(self) -> None:
         """Do not watch the task any more."""
@@ -125,7 +179,7 @@ class Attempt(Generic[M]):
         try:
             with transaction.atomic(using=self.source.using):
                 place = self.engine.place()
-                error = _call(action, task)
+                error = self.call_it(action, task)
                 if self.engine.return_to(place):
                     error = self.error_of_left_open(error)
                 is_broken = self.engine.connection.needs_rollback
@@ -150,12 +204,14 @@ class Attempt(Generic[M]):
                     return assigned(self.snapshot.assigned, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
-        return decide(self.claim.lease, self.claim.row.status, error, self.policy, now())
+        return decide(self.lease, self.claim.row.status, error, self.policy, now())
 
     # Record
 
     def record(self, outcome: Outcome) -> Outcome:
         """Write the outcome under the lease, and what the action changed; return what was written."""
+        if self.renewal is not None:
+            self.renewal.end()
         outcome, is_written = self.write_or_fail(outcome)
         self.conclude(outcome, is_written)
         return outcome
@@ -206,7 +262,7 @@ class Attempt(Generic[M]):
         back: that is what the caller has to see, a Ctrl-C above all, and the other error is logged.
         """
         if outcome.raised is None or not isinstance(error, Exception):
-            return failed(self.claim.lease, error, self.policy, now())
+            return failed(self.lease, error, self.policy, now())
         logger.error(
             "%s %s: what the action changed can not be saved.",
             self.source.model._meta.label,
@@ -283,7 +339,7 @@ class Attempt(Generic[M]):
             # Assigned by a save() or a pre_save of the user.
             stored = task.__dict__[self.source.field.attname]
         if task is not None and (exists or not is_written):
-            set_loaded(task, self.source.field, stored if exists else self.claim.lease)
+            set_loaded(task, self.source.field, stored if exists else self.lease)
         column = self.source.error_field
         if task is not None and column is not None and is_written and outcome.note is not None:
             setattr(task, column.attname, outcome.note)
@@ -291,7 +347,7 @@ class Attempt(Generic[M]):
         if is_written:
             self.tell(signals.task_finished, status=stored if exists else outcome.status, **ended)
         else:
-            self.tell(signals.lease_lost, lease=self.claim.lease, status=stored, **ended)
+            self.tell(signals.lease_lost, lease=self.lease, status=stored, **ended)
 
     def read(self) -> tuple[bool, Status | None]:
         """Return whether the row of the task exists, and its status."""
@@ -309,20 +365,13 @@ class Attempt(Generic[M]):
 
     # End
 
-    def end(self, outcome: Outcome) -> M | None:
-        """Return the task, or raise what the attempt ended with."""
-        self.let_its_time_come(outcome)
-        if outcome.raised is not None:
-            raise outcome.raised
-        return self.task
-
     def keep_leases_unique(self, outcome: Outcome) -> None:
         """Wait, a millisecond at most, before a task goes back with an older time than its lease.
 
         Its next claim stamps the time of then, so that it can not come out as the same lease.
         """
-        if outcome.status is not None and outcome.status.priority < self.claim.lease.priority:
-            _wait_until(self.claim.lease.priority)
+        if outcome.status is not None and outcome.status.priority < self.lease.priority:
+            _wait_until(self.lease.priority)
 
     def let_its_time_come(self, outcome: Outcome) -> None:
         """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
@@ -397,12 +446,16 @@ class AsyncAttempt(Attempt[M]):
         """Await an async action; return what it raised, or None."""
 
         async def act() -> BaseException | None:
+            token = running.set(self)
             try:
                 await action(task)
             except GeneratorExit:  # nobody will resume this coroutine: nobody could record an outcome
                 raise
             except BaseException as error:
                 return error
+            finally:
+                with suppress(ValueError):  # closed from another context
+                    running.reset(token)
             return None
 
         if self.is_outer:
@@ -456,10 +509,10 @@ class AtomicAttempt(Attempt[M]):
     def held(self) -> set[Status | None]:
         return super().held | self.made
 
-    def run(self, action: Callable[[M], object]) -> M | None:
+    def process(self, action: Callable[[M], object]) -> Outcome:
         if self.task is None:
-            return super().run(action)
-        return self.end(self.act_and_record(action, self.task))
+            return super().process(action)
+        return self.act_and_record(action, self.task)
 
     def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
         success: _Success | None = None
@@ -490,7 +543,7 @@ class AtomicAttempt(Attempt[M]):
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
         with ExitStack() as stack:
             stack.enter_context(transaction.atomic(using=self.source.using))
-            if self.engine.hold(self.source, self.claim.row, self.claim.lease):
+            if self.engine.hold(self.source, self.claim.row, self.leases):
                 if not self.is_outer:
                     # Before any hook of the action, as none is called after one that fails.
                     transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
@@ -504,7 +557,7 @@ class AtomicAttempt(Attempt[M]):
     def succeed(self, action: Callable[[M], object], task: M, snapshot: Snapshot, place: Place) -> _Success:
         """Act, and write the success; raise whatever is none, so that all is rolled back."""
         with self.same_transaction(place):
-            error = _call(action, task)
+            error = self.call_it(action, task)
             if error is not None:
                 raise error
         outcome = self.decide(None)

@@ -17,11 +17,21 @@ def _system_clock() -> dt.datetime:
 
 
 _clock: Clock = _system_clock
+_offset = dt.timedelta()
 
 
 def now() -> dt.datetime:
     """Return the current time as an aware UTC `datetime.datetime`."""
-    return _clock()
+    return _clock() + _offset
+
+
+def shift(by: dt.timedelta) -> None:
+    """Let `now` be later than this machine's clock by so much: a worker follows the clock of the database.
+
+    Leases are compared across machines, whose clocks differ.
+    """
+    global _offset  # noqa: PLW0603
+    _offset = by
 
 
 @contextmanager

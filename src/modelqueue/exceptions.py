@@ -7,6 +7,8 @@ None of these is an error of the library::
     +-- Abort          try again later, the attempt is charged; canceled when out of attempts
     +-- Cancel         give the task up
     +-- LeaseExpired   only named in an ErrorField, as the reason of a recovery
+    BaseException
+    +-- Interrupted    raised in an action that a worker which stops can not wait for
 
 Wrong arguments raise `TypeError` or `ValueError`, as everywhere in Python.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from modelqueue.backoff import Delay
 
-__all__ = ["Abort", "Cancel", "LeaseExpired", "Retry"]
+__all__ = ["Abort", "Cancel", "Interrupted", "LeaseExpired", "Retry"]
 
 
 class Retry(Exception):  # noqa: N818  (a verb of the public API, not an error)
@@ -49,6 +51,13 @@ class Cancel(Exception):  # noqa: N818
     """Raised by an action: give the task up. The attempt counts, the state becomes canceled.
 
     What it is raised with, as in ``raise Cancel("no such customer")``, goes into the `ErrorField`.
+    """
+
+
+class Interrupted(BaseException):
+    """Raised in the thread of an action by a worker that has to stop: the task is given back uncharged.
+
+    No `Exception`, so that an ``except Exception`` of the action lets it pass.
     """
 
 

@@ -11,21 +11,34 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from django.db import models
 
 from modelqueue import verbs
-from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
+from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt, running
 from modelqueue.backoff import Delay
 from modelqueue.engines import Claim
+from modelqueue.fields import declared_on
+from modelqueue.leases import keeper
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS
 from modelqueue.threads import NotCalled, in_thread
 
-__all__ = ["arun", "run"]
+__all__ = [
+    "Current",
+    "Work",
+    "arun",
+    "arun_next",
+    "current",
+    "is_async",
+    "refuse_atomic_async",
+    "run",
+    "run_next",
+]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -84,18 +97,53 @@ def run(
             after the claim, the task is recovered when its timeout is over.
     """
     source = Source.of(queryset, field, error_field)
+    refuse_declared(source.field, "run")
     policy = Policy.of(retry, timeout, delay)
-    if _is_async(action):
+    if is_async(action):
         raise TypeError(
             f"run() can not await the action {action!r}, which is an async function. "
             "Use arun(), or wrap it: asgiref.sync.async_to_sync(action)."
         )
     _check_atomic(atomic)
-    claim = _next_claim(source, policy)
+    return run_next(Work(source, policy, action, atomic))
+
+
+@dataclass(frozen=True)
+class Work(Generic[M]):
+    """What is to be done with the tasks of a source."""
+
+    source: Source[M]
+    policy: Policy
+    action: Callable[[M], object]
+    atomic: bool = False
+    queue: Any = None
+    """The declared queue, if it is one: its leases are renewed."""
+    recovery: Policy | None = None
+    """By which tasks of dead workers are taken back, if not by `policy`."""
+
+    def keep(self, attempt: Attempt[M]) -> None:
+        """Have the lease of an attempt renewed where that is needed, and possible."""
+        attempt.queue = self.queue
+        # One in a transaction nobody else can see, and with atomic=True the lock of the row is the lease.
+        if self.policy.lease is not None and not self.atomic and not attempt.is_outer:
+            attempt.renewal = keeper.hold(attempt, self.policy.lease.total_seconds())
+
+
+def run_next(work: Work[M]) -> M | None:
+    """Run the next due task, see `run`."""
+    attempt = begin_next(work)
+    return None if attempt is None else attempt.run(work.action)
+
+
+def begin_next(work: Work[M]) -> Attempt[M] | None:
+    """Claim the next due task; return the attempt that is to be made, or None."""
+    claim = _next_claim(work)
     if claim is None:
         return None
-    attempt = AtomicAttempt(source, policy, claim) if atomic else Attempt(source, policy, claim)
-    return attempt.run(action)
+    kind = AtomicAttempt if work.atomic else Attempt
+    attempt = kind(work.source, work.policy, claim)
+    work.keep(attempt)
+    return attempt
 
 
 async def arun(
@@ -136,22 +184,23 @@ async def arun(
         TypeError, ValueError, BaseException, django.db.Error: as for `run`.
     """
     source = Source.of(queryset, field, error_field)
+    refuse_declared(source.field, "arun")
     policy = Policy.of(retry, timeout, delay)
-    is_async = _is_async(action)
     _check_atomic(atomic)
-    if atomic and is_async:
-        raise TypeError(
-            f"atomic=True is not for the action {action!r}, which is an async function: "
-            "a transaction belongs to one thread. Give a synchronous function."
-        )
-    attempt, canceled = await in_thread(_next_attempt, source, policy, atomic)
+    refuse_atomic_async(action, atomic)
+    return await arun_next(Work(source, policy, action, atomic))
+
+
+async def arun_next(work: Work[M]) -> M | None:
+    """Run the next due task, see `arun`."""
+    attempt, canceled = await in_thread(_next_attempt, work)
     if attempt is None:
         if canceled is not None:
             raise canceled
         return None
-    if not atomic or canceled is not None:
-        return await attempt.arun(action, is_async, canceled)
-    run_it = functools.partial(_run_atomic, source, policy, attempt.claim, action)
+    if not work.atomic or canceled is not None:
+        return await attempt.arun(work.action, is_async(work.action), canceled)
+    run_it = functools.partial(_run_atomic, work, attempt.claim)
     try:
         task, canceled = await attempt.in_thread_of_action(run_it)
     except NotCalled as error:
@@ -161,21 +210,77 @@ async def arun(
     return task
 
 
-def _next_attempt(source: Source[M], policy: Policy, atomic: bool) -> AsyncAttempt[M] | None:
-    claim = _next_claim(source, policy)
+def _next_attempt(work: Work[M]) -> AsyncAttempt[M] | None:
+    claim = _next_claim(work)
     if claim is None:
         return None
-    attempt = AsyncAttempt(source, policy, claim)
-    return attempt if atomic else attempt.start()
+    attempt = AsyncAttempt(work.source, work.policy, claim)
+    work.keep(attempt)
+    return attempt if work.atomic else attempt.start()
 
 
-def _run_atomic(
-    source: Source[M], policy: Policy, claim: Claim[M], action: Callable[[M], object]
-) -> M | None:
-    return AtomicAttempt(source, policy, claim).run(action)
+def _run_atomic(work: Work[M], claim: Claim[M]) -> M | None:
+    attempt = AtomicAttempt(work.source, work.policy, claim)
+    work.keep(attempt)
+    return attempt.run(work.action)
 
 
-def _is_async(action: object) -> bool:
+def current() -> Current:
+    """Return what is known of the attempt whose action this is called from.
+
+    Raises:
+        LookupError: no action is being run here.
+    """
+    attempt = running.get(None)
+    if attempt is None:
+        raise LookupError(
+            "current() is for the code of an action while it is run. In a thread that the action started "
+            "itself, use contextvars.copy_context().run(...)."
+        )
+    return Current(attempt)
+
+
+class Current:
+    """The attempt that is under way: its task, its queue, and how long it may take."""
+
+    def __init__(self, attempt: Attempt[Any]) -> None:
+        self._attempt = attempt
+
+    @property
+    def task(self) -> Any:
+        """The task, the same instance that the action gets."""
+        return self._attempt.task
+
+    @property
+    def queue(self) -> Any:
+        """The declared `modelqueue.Queue`; None in `modelqueue.run`."""
+        return self._attempt.queue
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, 1 for the first; 10 is the last that is told from others."""
+        return self._attempt.claim.row.status.attempts + 1
+
+    @property
+    def deadline(self) -> dt.datetime | None:
+        """When the ``timeout`` of this attempt is over; None: never."""
+        try:
+            return self._attempt.began + self._attempt.policy.timeout
+        except OverflowError:
+            return None
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether somebody has canceled the task or taken it, so that its outcome would be dropped."""
+        return not self._attempt.is_held
+
+    def renew(self) -> bool:
+        """Renew the lease now; return whether the task is still ours. A declared queue does so by itself."""
+        renewal = self._attempt.renewal
+        return self._attempt.is_held if renewal is None else renewal.renew()
+
+
+def is_async(action: object) -> bool:
     """Say whether an action is to be awaited; raise if it can not be an action at all."""
     if not callable(action):
         raise TypeError(f"The action is a callable that gets the task, not {action!r}.")
@@ -201,8 +306,28 @@ def _check_atomic(atomic: object) -> None:
         raise TypeError(f"atomic is True or False, not {atomic!r}.")
 
 
-def _next_claim(source: Source[M], policy: Policy) -> Claim[M] | None:
+def refuse_atomic_async(action: object, atomic: bool) -> None:
+    if is_async(action) and atomic:
+        raise TypeError(
+            f"atomic=True is not for the action {action!r}, which is an async function: "
+            "a transaction belongs to one thread. Give a synchronous function."
+        )
+
+
+def refuse_declared(field: models.Field[Any, Any], function: str) -> None:
+    """Raise if a field has a declared queue, which renews its leases, as `run` does not."""
+    queues = declared_on(field)
+    if queues:
+        raise ValueError(
+            f"{field} belongs to the declared queue {queues[0].name!r} ({queues[0].where}). Its tasks count "
+            f"as abandoned after {queues[0].lease} without a renewal, and {function}() renews nothing. Call "
+            f"{queues[0].action.__qualname__}.{function}(), the method of the queue."
+        )
+
+
+def _next_claim(work: Work[M]) -> Claim[M] | None:
     """Claim the next task; recover those of dead workers when there is nothing else to do, or each second."""
+    source, policy = work.source, work.recovery or work.policy
     key = _recovery_key(source)
     is_due = time.monotonic() - _last_recovery.get(key, -_RECOVERY_INTERVAL) >= _RECOVERY_INTERVAL
     if is_due:

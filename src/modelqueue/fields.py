@@ -222,6 +222,17 @@ def _refuse_state(field: models.Field[Any, Any], value: Any) -> None:
         )
 
 
+# Which queues are declared on a field: where `run` looks
+
+_QUEUES = "_modelqueue_queues"
+
+
+def declared_on(field: models.Field[Any, Any]) -> list[Any]:
+    """Return the declared queues of a status field; the list is that of the field, to be changed."""
+    queues: list[Any] = vars(field).setdefault(_QUEUES, [])
+    return queues
+
+
 # "Written only where it was assigned": the bookkeeping
 #
 # An instance keeps a record of the status fields that were assigned since they were loaded. While

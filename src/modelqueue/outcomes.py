@@ -17,7 +17,7 @@ from typing import Literal
 
 from modelqueue import backoff
 from modelqueue.backoff import Delay
-from modelqueue.exceptions import Abort, Cancel, LeaseExpired, Retry
+from modelqueue.exceptions import Abort, Cancel, Interrupted, LeaseExpired, Retry
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, shifted
 
 __all__ = ["Ending", "Outcome", "Policy", "assigned", "decide", "error_text", "failed", "recovered"]
@@ -39,6 +39,10 @@ class Policy:
     retry: int | None = 3
     timeout: dt.timedelta = ONE_HOUR
     delay: Delay = ZERO_SECS
+    lease: dt.timedelta | None = None
+    """How long a claim holds without being renewed; None: for the timeout, as nobody renews it."""
+    cancel_on: tuple[type[BaseException], ...] = ()
+    """Exceptions of the action after which there is no further attempt."""
 
     @classmethod
     def of(cls, retry: int | None, timeout: dt.timedelta, delay: Delay) -> Policy:
@@ -72,9 +76,14 @@ class Policy:
     def cutoff(self, now: dt.datetime) -> dt.datetime | None:
         """Return the time at or before which a claim has expired; None: no claim can have."""
         try:
-            return now - self.timeout
+            return now - self.holds
         except OverflowError:
             return None
+
+    @property
+    def holds(self) -> dt.timedelta:
+        """How long after its claim, or its last renewal, a task still belongs to its worker."""
+        return self.timeout if self.lease is None else self.lease
 
     def is_last(self, attempts: int) -> bool:
         """True if a task that was tried so often is out of attempts."""
@@ -147,7 +156,7 @@ def decide(
     """
     if error is None:
         return Outcome("finish", _ended(State.finished, lease, now))
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, (asyncio.CancelledError, Interrupted)):
         return Outcome("release", before, error)
     if isinstance(error, Cancel):
         return Outcome("cancel", _ended(State.canceled, lease, now), error)
@@ -165,6 +174,8 @@ def decide(
 
 def failed(lease: Status, error: BaseException, policy: Policy, now: dt.datetime) -> Outcome:
     """Return the outcome of an attempt that ended with an error, whatever its class."""
+    if isinstance(error, policy.cancel_on):
+        return Outcome("fail", _ended(State.canceled, lease, now), error)
     try:
         return Outcome("fail", _charged(lease, policy, now), error)
     except BaseException as wrong_delay:
@@ -202,6 +213,9 @@ def recovered(lease: Status, policy: Policy, now: dt.datetime) -> tuple[Status, 
         LeaseExpired(
             f"attempt {attempts} was not reported within {policy.timeout} of its claim; its worker was "
             "killed or cut off, or the action takes longer than the timeout"
+            if policy.lease is None
+            else f"attempt {attempts} was neither reported nor its lease renewed within {policy.lease}; its "
+            "worker was killed or cut off"
         )
     )
     try:

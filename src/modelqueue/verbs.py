@@ -1,4 +1,4 @@
-"""What can be done with the rows of a queue, without running anything: claim, renew, recover, enqueue.
+"""What can be done with the rows of a queue, without running anything: claim, renew, recover, enqueue, ...
 
 (`modelqueue.Status.tally` counts them.)
 """
@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
+import operator
 import time
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from django.db import models, router
-from django.db.models import Q
+from django.db.models import F, Q, Value
 
 from modelqueue import outcomes, signals
 from modelqueue.clock import now
-from modelqueue.engines import Claim, Renewal, Verdict, engine_for
+from modelqueue.engines import Candidate, Claim, Renewal, Verdict, engine_for
 from modelqueue.fields import set_loaded
 from modelqueue.outcomes import Policy
-from modelqueue.source import Source, on_write_database, owner_rows, status_field
-from modelqueue.status import State, Status
+from modelqueue.source import Source, Tasks, on_write_database, owner_rows, status_field
+from modelqueue.status import State, StateLike, Status, datetime_to_int, priority_to_datetime, shifted
 
-__all__ = ["claim", "enqueue", "recover", "renew"]
+__all__ = ["cancel", "claim", "enqueue", "prune", "recover", "release", "renew", "retry"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -79,6 +82,113 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
         if time.monotonic() > deadline:
             break
     return count
+
+
+def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
+    """Give a claimed task back uncharged: it waits as it did before the claim.
+
+    Args:
+        row: as it was before the claim.
+        leases: what may stand in the row as long as it is ours.
+
+    Returns:
+        Whether it was still ours.
+    """
+    latest = priority_to_datetime(max(leases).priority)
+    while latest is not None and row.status.priority < max(leases).priority and now() < latest:
+        time.sleep(0.0005)  # so that its next claim gets another lease
+    engine = engine_for(source.using)
+    return engine.patiently(
+        lambda: engine.compare_and_set(source, row, {*leases}, row.status), reconnect=True
+    )
+
+
+def cancel(queryset: Tasks[Any], field: str) -> int:
+    """Cancel tasks that are created, waiting or working, whatever their attempts.
+
+    A working one is taken from its worker, whose outcome is then dropped. Tasks that a transaction has
+    locked, that of an action with ``atomic=True`` for example, are left alone.
+
+    Returns:
+        How many were canceled.
+    """
+    return _change(queryset, field, [State.created, State.waiting, State.working], State.canceled)
+
+
+def retry(queryset: Tasks[Any], field: str) -> int:
+    """Make canceled tasks waiting, with no attempts made yet; all others are left alone.
+
+    Returns:
+        How many were made waiting.
+    """
+    return _change(queryset, field, [State.canceled], State.waiting)
+
+
+def _change(queryset: Tasks[Any], field: str, states: list[State], state: State) -> int:
+    rows = on_write_database(queryset)
+    column = status_field(rows.model, field)
+    moment = datetime_to_int(now())
+    condition = functools.reduce(operator.or_, [Q(**Status.filter(column.name, one)) for one in states])
+    status = F(column.name)
+    if state == State.canceled:  # when it was, and how often it had been tried
+        value: Any = Value(int(Status.combine(state, moment, 0)), models.BigIntegerField()) + status % 10
+    else:
+        value = Status.combine(state, moment, 0)
+    engine = engine_for(rows.db)
+
+    def change() -> int:
+        with engine.transaction():
+            engine.take_write_lock(column)
+            parts = (part.filter(condition) for part in owner_rows(rows, column))
+            return sum(
+                free.update(**{column.name: value}) for part in parts for free in engine.unlocked(part)
+            )
+
+    return engine.patiently(change)
+
+
+def prune(
+    queryset: Tasks[Any],
+    field: str,
+    older_than: dt.timedelta,
+    state: StateLike = State.finished,
+    batch: int = 500,
+) -> Iterator[int]:
+    """Delete tasks that ended long ago, oldest first, in batches of a transaction each.
+
+    As by `QuerySet.delete`: what refers to them goes with them or keeps them, as its ``on_delete`` says.
+
+    Args:
+        older_than: how long ago they ended, zero or more.
+        state: finished or canceled.
+        batch: how many to delete in one transaction.
+
+    Yields:
+        After each batch, how many tasks were in it.
+
+    Raises:
+        TypeError, ValueError: `older_than` or `state` is none that tasks end with.
+    """
+    ended = State.of(state)
+    if ended not in (State.finished, State.canceled):
+        raise ValueError(f"prune() deletes what has ended, finished or canceled, not {ended}.")
+    if not isinstance(older_than, dt.timedelta):
+        raise TypeError(f"older_than is a datetime.timedelta, not {older_than!r}.")
+    rows = on_write_database(queryset)
+    column = status_field(rows.model, field)
+    last = Status.combine(ended, shifted(now(), -older_than), Status.max_attempts)
+    old = rows.filter(**{f"{column.name}__gte": Status.minimum(ended), f"{column.name}__lte": last})
+    old = old.order_by(column.name, "pk")
+    engine = engine_for(rows.db)
+
+    def delete() -> int:
+        with engine.transaction():
+            keys = [pk for (pk,) in old.values_list("pk")[:batch]]
+            models.QuerySet(rows.model, using=rows.db).filter(pk__in=keys).delete()
+            return len(keys)
+
+    while count := engine.patiently(delete):
+        yield count
 
 
 def enqueue(

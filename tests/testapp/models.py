@@ -13,6 +13,16 @@ class Task(models.Model):
     status = modelqueue.StatusField()
 
 
+class Errand(models.Model):
+    """Has the declared queues of `tests.testapp.queues`: `run` refuses its fields."""
+
+    title = models.CharField(max_length=100, blank=True)
+    log = models.JSONField(default=list)
+    status = modelqueue.StatusField()
+    review_status = modelqueue.StatusField(null=True, blank=True)
+    error = modelqueue.ErrorField()
+
+
 class Project(models.Model):
     name = models.CharField(max_length=100, blank=True)
 

@@ -26,6 +26,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+from django.core.exceptions import EmptyResultSet
 from django.db import IntegrityError, models, transaction
 from django.db.backends.utils import CursorWrapper
 from django.db.models import F, Q, Value
@@ -320,12 +321,12 @@ class Engine(Session):
         """Send a statement that is ours from its first word to its last."""
         cursor.execute(sql, params)
 
-    def hold(self, source: Source[Any], row: Candidate, lease: Status) -> bool:
-        """Lock a row, within an open transaction, if it is under this lease; return whether it is."""
+    def hold(self, source: Source[Any], row: Candidate, leases: Collection[Status]) -> bool:
+        """Lock a row, within an open transaction, if it is under one of the leases; return whether it is."""
         features = self.connection.features
         if not features.has_select_for_update:
-            return self.compare_and_set(source, row, [lease], lease)
-        rows = source.owner_rows().filter(**{"pk": row.key, source.field.name: lease})
+            return any(self.compare_and_set(source, row, [lease], lease) for lease in leases)
+        rows = source.owner_rows().filter(is_one_of(source.field.name, leases), pk=row.key)
         no_key = features.has_select_for_no_key_update
         return bool(rows.select_for_update(no_key=no_key).values_list("pk")[:1])
 
@@ -419,6 +420,32 @@ class Engine(Session):
         free = iter([pk for (pk,) in self._skipping_locked(rows).values_list("pk")])
         while part := list(islice(free, _LONGEST_PAGE)):
             yield rows.filter(pk__in=part)
+
+    def probe(self, querysets: Sequence[models.QuerySet[Any]]) -> list[bool]:
+        """Say of each of these querysets whether it has a row, all in one statement."""
+        selects, params = [], list[Any]()
+        for rows in querysets:
+            try:
+                sql, more = rows.values("pk")[:1].query.get_compiler(self.using).as_sql()
+            except EmptyResultSet:
+                selects.append("0")
+            else:
+                selects.append(f"CASE WHEN EXISTS ({sql}) THEN 1 ELSE 0 END")
+                params += more
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT {', '.join(selects)}{self.connection.features.bare_select_suffix}", params
+            )
+            found = cursor.fetchone()
+        return [bool(one) for one in found]
+
+    def clock_offset(self) -> dt.timedelta:
+        """Return by how much the database's clock is ahead of this machine's; zero where it is the same."""
+        return dt.timedelta()
+
+    def longest_wait(self) -> dt.timedelta:
+        """Return how long a short write may wait for others before it fails; zero where none waits."""
+        return dt.timedelta()
 
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:
         """Begin a transaction that reads before it writes; of use where there is one writer at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 from django.db import transaction
@@ -37,6 +38,9 @@ class MySQLEngine(Engine):
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
         return super().transaction()
+
+    def clock_offset(self) -> dt.timedelta:
+        return self._offset_of("SELECT UTC_TIMESTAMP(6)")
 
     def mark(self) -> Place:
         # A deadlock rolls back the whole transaction, and what comes after it begins another one, without

@@ -141,6 +141,9 @@ class PostgreSQLEngine(Engine):
     def is_try_again(self, error: Error) -> bool:
         return prepared.sqlstate(error) in _TRY_AGAIN
 
+    def clock_offset(self) -> dt.timedelta:
+        return self._offset_of("SELECT clock_timestamp()")  # now() is when the transaction began
+
     def is_aborted(self) -> bool:
         # Django notes the errors of its own atomic() and save() alone, PostgreSQL refuses after any.
         return super().is_aborted() or self.connection.connection.info.transaction_status == _ABORTED

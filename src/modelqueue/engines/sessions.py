@@ -9,6 +9,7 @@ transaction is open, by overriding what is here.
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import time
 from collections.abc import Callable
@@ -179,6 +180,19 @@ class Session:
         connection = self.connection.connection
         connection.rollback()
         return False
+
+    # Clock
+
+    def _offset_of(self, sql: str) -> dt.timedelta:
+        """Return how far the time that a statement gives is ahead of ours in the middle of its round trip."""
+        with self.connection.cursor() as cursor:
+            before = dt.datetime.now(dt.timezone.utc)
+            cursor.execute(sql)
+            moment: dt.datetime = cursor.fetchone()[0]
+            after = dt.datetime.now(dt.timezone.utc)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.timezone.utc)
+        return moment - (before + (after - before) / 2)
 
     # Fairness
 

@@ -11,6 +11,7 @@ starve the others for seconds. Workers that have met each other therefore pause 
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import sqlite3
 import time
@@ -39,6 +40,7 @@ M = TypeVar("M", bound=models.Model)
 _BUSY, _LOCKED = 5, 6  # the primary result codes SQLITE_BUSY and SQLITE_LOCKED
 
 #: Seconds for which a worker remembers that there are others.
+_DEFAULT_TIMEOUT = 5.0  # of the sqlite3 module
 _MEMORY = 5.0
 #: Seconds that taking the write lock lasts only if somebody else has it.
 _NOTICEABLE = 0.001
@@ -125,6 +127,10 @@ class SQLiteEngine(Engine):
 
     def note_contention(self) -> None:
         _contended_until[self.using] = time.monotonic() + _MEMORY
+
+    def longest_wait(self) -> dt.timedelta:
+        options = self.connection.settings_dict["OPTIONS"]
+        return dt.timedelta(seconds=options.get("timeout", _DEFAULT_TIMEOUT))
 
     def give_way(self) -> None:
         if time.monotonic() < _contended_until.get(self.using, 0.0):

@@ -1,0 +1,171 @@
+"""Keeping the leases of running tasks alive: one thread per process renews them all.
+
+A lease says that a worker lives. It is renewed every third of its length, all leases of a queue in one
+statement, by a thread of its own, so that no action can hold it up. A renewal changes the number that stands
+in the row, so it and the outcome of a task are put in order: `Lease.end` waits for a renewal that is under
+way, and after it the task is not renewed any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from django.db import connections
+from django.db.utils import Error
+
+from modelqueue import verbs
+from modelqueue.attempts import Attempt
+from modelqueue.source import Source
+
+__all__ = ["Keeper", "Lease", "keeper"]
+
+logger = logging.getLogger("modelqueue")
+
+#: Renewals in the length of a lease, so that one or two may fail.
+_SHARE = 3
+#: Seconds after which a renewal is tried again of rows that are locked, or when the database is away.
+_SOON = 1.0
+#: Seconds for which the thread waits for a next lease, as to start one takes longer than a short task.
+_LINGER = 5.0
+
+
+class _Group:
+    """The leases of one source that hold for the same time: they are renewed together."""
+
+    def __init__(self, source: Source[Any], seconds: float) -> None:
+        self.source = source
+        self.seconds = seconds
+        self.lock = threading.Lock()
+        self.held: dict[Any, Lease] = {}
+        self.due = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.source.model._meta.label}.{self.source.field.name}"
+
+    def renew(self) -> None:
+        """Renew all; those that are lost are told to their attempts."""
+        with self.lock:
+            if not self.held:
+                return
+            began = time.monotonic()
+            self.due = began + _SOON
+            leases = {key: lease.attempt.leases for key, lease in self.held.items()}
+            renewal = verbs.renew(self.source, leases)
+            for key in renewal.lost:
+                self.held.pop(key).lose()
+            for key in renewal.renewed:
+                self.held[key].until = began + self.seconds
+            self.due = began + (_SOON if renewal.locked else self.seconds / _SHARE)
+
+
+class Lease:
+    """That of one attempt, from the claim until its outcome is about to be written."""
+
+    def __init__(self, attempt: Attempt[Any], group: _Group, on_loss: Callable[[], None] | None) -> None:
+        self.attempt = attempt
+        self.until = time.monotonic() + group.seconds
+        self._group = group
+        self._on_loss = on_loss
+
+    def end(self) -> None:
+        """Renew it no more; waits for a renewal that is under way."""
+        with self._group.lock:
+            self._group.held.pop(self.attempt.claim.row.key, None)
+
+    def resume(self) -> None:
+        """Renew it again: its outcome could not be written yet."""
+        with self._group.lock:
+            self._group.held[self.attempt.claim.row.key] = self
+
+    def renew(self) -> bool:
+        """Renew it now, with those that are renewed together with it; return whether it is still held."""
+        self._group.renew()
+        return self.attempt.is_held
+
+    def lose(self) -> None:
+        """Somebody else has the task, or has changed it: tell the attempt."""
+        self.attempt.is_held = False
+        logger.info(
+            "%s %s: its lease is lost while its action runs.",
+            self.attempt.source.model._meta.label,
+            self.attempt.claim.row.pk,
+        )
+        if self._on_loss is not None:
+            self._on_loss()
+
+
+class Keeper:
+    """Renews the leases of this process. Its thread begins with the first lease and ends after the last."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[Any, ...], _Group] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
+        """Keep the lease of an attempt alive until `Lease.end`.
+
+        Args:
+            seconds: how long a lease holds, from its claim on.
+            on_loss: called, in the keeper's thread, when a renewal finds that the lease is lost.
+        """
+        source = attempt.source
+        key = (source.owner, source.field, source.using, seconds)
+        with self._changed:
+            group = self._groups.get(key)
+            if group is None:
+                group = self._groups[key] = _Group(source, seconds)
+        lease = Lease(attempt, group, on_loss)
+        with group.lock:
+            if not group.held:
+                group.due = time.monotonic() + seconds / _SHARE
+            group.held[attempt.claim.row.key] = lease
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify()
+        return lease
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                for group in self._due():
+                    try:
+                        group.renew()
+                    except Error as error:
+                        logger.warning("Leases of %s can not be renewed: %s", group, error)
+                    except Exception:
+                        logger.exception("Leases of %s can not be renewed.", group)
+        finally:
+            connections.close_all()
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
+        with self._changed:
+            if (pause := self._pause()) is None:
+                self._changed.wait(_LINGER)
+                pause = self._pause()
+            if pause is None:
+                self._thread = None
+                return False
+            self._changed.wait(pause)
+            return True
+
+    def _pause(self) -> float | None:
+        due = [group.due for group in self._groups.values() if group.held]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _due(self) -> list[_Group]:
+        with self._changed:
+            groups = list(self._groups.values())
+        return [group for group in groups if group.held and time.monotonic() >= group.due]
+
+
+#: That of this process.
+keeper = Keeper()

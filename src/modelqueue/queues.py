@@ -1,0 +1,389 @@
+"""Declared queues: which tasks, which action, and how they are to be run, said once.
+
+A queue is declared where its action is, by a decorator in the module ``queues`` of an app, which is found by
+itself::
+
+    @modelqueue.queue(Photo, "status", retry=5, timeout=timedelta(minutes=5))
+    def make_thumbnail(photo): ...
+
+The result is a `Queue`. ``manage.py modelqueue worker`` runs all of them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar, Union
+
+from django.apps import apps
+from django.db import models
+from django.utils.module_loading import autodiscover_modules
+
+from modelqueue import verbs
+from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
+from modelqueue.backoff import Delay
+from modelqueue.engines import Claim, engine_for
+from modelqueue.execution import Work, arun_next, begin_next, is_async, refuse_atomic_async, run_next
+from modelqueue.fields import StatusField, declared_on
+from modelqueue.outcomes import Policy
+from modelqueue.source import Source, Tasks
+from modelqueue.status import ONE_HOUR, ZERO_SECS, State, StateLike, Status
+
+__all__ = ["Queue", "declared_queues", "discover", "queue"]
+
+M = TypeVar("M", bound=models.Model)
+Origin = Union["type[M]", "models.Manager[M]", "models.QuerySet[M]", "Callable[[], models.QuerySet[M]]"]
+
+DEFAULT_LEASE = dt.timedelta(seconds=30)
+SHORTEST_LEASE = dt.timedelta(seconds=3)
+
+#: Under the instance's __dict__: the claim that `Queue.release` gives back.
+_CLAIM = "_modelqueue_claim"
+
+_declared: dict[str, Queue[Any]] = {}
+
+
+class Queue(Generic[M]):
+    """A declared queue: tasks, the action that is run on each, and its options. Made by `queue`.
+
+    Calling it calls the action. Wherever a method takes `tasks`, it is a queryset of the model (or one
+    instance for `enqueue`), and without it all tasks of the queue are meant.
+    """
+
+    name: str
+    """By which commands and logs call it."""
+    model: type[M]
+    """The model of its tasks."""
+    field: models.Field[Any, Any]
+    """The status field."""
+    lease: dt.timedelta
+    """After how long without a sign of life from its worker a task is taken back."""
+    slots: int | None
+    """How many of its tasks a process runs at a time, or None."""
+
+    def __init__(
+        self, origin: Origin[M], field: str, action: Callable[[M], object], *, where: str, **options: Any
+    ) -> None:
+        functools.update_wrapper(self, action)
+        self.origin = origin
+        self.action = action
+        self.where = where
+        self.lease = _checked_lease(options["lease"])
+        policy = Policy.of(options["retry"], options["timeout"], options["delay"])
+        self.policy = replace(policy, lease=self.lease, cancel_on=_checked_classes(options["cancel_on"]))
+        self.atomic: bool = _checked_bool("atomic", options["atomic"])
+        self.slots = _checked_slots(options["slots"])
+        self.error_field: str | None = options["error_field"]
+        source = Source.of(self.rows(), field, self.error_field)
+        if not isinstance(source.field, StatusField):
+            raise TypeError(
+                f"{source.field} is a {type(source.field).__name__}, which save() would set back to an older "
+                "lease. A declared queue needs a modelqueue.StatusField; that is no new migration."
+            )
+        self.field = source.field
+        self.model = source.model
+        self.is_async = is_async(action)
+        _check_call(action)
+        refuse_atomic_async(action, self.atomic)
+        self.name = _checked_name(options["name"]) or _default_name(action, self.model)
+
+    def __call__(self, task: M) -> object:
+        """Call the action, nothing else."""
+        return self.action(task)
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.name}>"
+
+    # The tasks
+
+    def rows(self) -> models.QuerySet[M]:
+        """Return the queryset of all tasks, made anew."""
+        origin: Any = self.origin
+        if isinstance(origin, type) and issubclass(origin, models.Model):
+            origin = origin._default_manager
+        if isinstance(origin, (models.Manager, models.QuerySet)):
+            return origin.all()
+        if not callable(origin):
+            raise TypeError(
+                "A queue is declared over a model, a manager, a queryset, or a callable that returns a "
+                f"queryset, not over {origin!r}."
+            )
+        rows: models.QuerySet[M] = origin()
+        return rows
+
+    def source(self) -> Source[M]:
+        return Source.of(self.rows(), self.field.name, self.error_field)
+
+    @property
+    def using(self) -> str:
+        """The alias of the database that its tasks are in."""
+        return self.source().using
+
+    def recovery(self) -> Policy:
+        """Return by which policy abandoned tasks are taken back.
+
+        Of several queues on one field the longest lease counts. On a database of one writer it holds for as
+        long as a renewal may have to wait for the others, too.
+        """
+        longest: dt.timedelta = max(one.lease for one in [self, *declared_on(self.field)])
+        return replace(self.policy, lease=longest + engine_for(self.using).longest_wait())
+
+    def work(self) -> Work[M]:
+        return Work(self.source(), self.policy, self.action, self.atomic, self, self.recovery())
+
+    def attempt(self, claim: Claim[M], source: Source[M]) -> Attempt[M]:
+        """Return the attempt that is to be made on a claimed task."""
+        kind = AsyncAttempt if self.is_async else AtomicAttempt if self.atomic else Attempt
+        attempt = kind(source, self.policy, claim)
+        attempt.queue = self
+        return attempt
+
+    # The verbs
+
+    def enqueue(
+        self, tasks: Tasks[M] | M | None = None, at: dt.datetime | None = None, priority: int | None = None
+    ) -> int:
+        """Make tasks waiting, see `modelqueue.enqueue`; return how many."""
+        return verbs.enqueue(self.rows() if tasks is None else tasks, self.field.name, at, priority)
+
+    def run(self) -> M | None:
+        """Run the next due task in this thread, see `modelqueue.run`. Its lease is renewed meanwhile.
+
+        Raises:
+            TypeError: the action is async: use `arun`.
+            BaseException: as `modelqueue.run`.
+        """
+        if self.is_async:
+            raise TypeError(f"{self.name} has an async action. Use arun().")
+        return run_next(self.work())
+
+    async def arun(self) -> M | None:
+        """Run the next due task from asynchronous code, see `modelqueue.arun`."""
+        return await arun_next(self.work())
+
+    def drain(self) -> int:
+        """Run tasks in this thread until none is due; return how many there were.
+
+        What actions raise is recorded and logged, not raised.
+
+        Raises:
+            TypeError: the action is async.
+            django.db.Error: the database did not answer.
+        """
+        if self.is_async:
+            raise TypeError(f"{self.name} has an async action. Await arun() until it returns None.")
+        count = 0
+        while attempt := begin_next(self.work()):
+            outcome = attempt.process(self.action)
+            attempt.let_its_time_come(outcome)
+            if outcome.raised is not None and not isinstance(outcome.raised, Exception):
+                raise outcome.raised  # Ctrl-C
+            count += 1
+        return count
+
+    def claim(self, limit: int = 1) -> list[M]:
+        """Take up to `limit` due tasks without running them; they are this caller's for one lease.
+
+        Give each back with `release`, or set its status by `QuerySet.update`, filtered by the claimed one.
+        """
+        claims = verbs.claim(self.source(), limit)
+        for claim in claims:
+            if claim.task is not None:
+                claim.task.__dict__[_CLAIM] = claim
+        return [claim.task for claim in claims if claim.task is not None]
+
+    def release(self, task: M) -> bool:
+        """Give a task of `claim` back uncharged; return whether it was still ours.
+
+        Raises:
+            ValueError: the instance does not come from `claim`.
+        """
+        claim: Claim[M] | None = task.__dict__.pop(_CLAIM, None)
+        if claim is None:
+            raise ValueError(f"{task!r} was not claimed by Queue.claim(), or is given back already.")
+        return verbs.release(self.source(), claim.row, {claim.lease})
+
+    def tally(self) -> dict[str, int]:
+        """Count the tasks by state, see `Status.tally`."""
+        return Status.tally(self.rows(), self.field.name)
+
+    def retry(self, tasks: Tasks[M] | None = None) -> int:
+        """Make canceled tasks waiting again, with no attempts made yet; return how many."""
+        return verbs.retry(self.rows() if tasks is None else tasks, self.field.name)
+
+    def cancel(self, tasks: Tasks[M] | None = None) -> int:
+        """Cancel created, waiting and working tasks; return how many. Locked ones are left alone."""
+        return verbs.cancel(self.rows() if tasks is None else tasks, self.field.name)
+
+    def prune(self, older_than: dt.timedelta, state: StateLike = State.finished) -> int:
+        """Delete tasks that ended longer ago than that; return how many.
+
+        Raises:
+            TypeError, ValueError: see `modelqueue.verbs.prune`.
+        """
+        return sum(verbs.prune(self.rows(), self.field.name, older_than, state))
+
+
+def queue(
+    source: Origin[M],
+    field: str,
+    *,
+    name: str | None = None,
+    retry: int | None = 3,
+    timeout: dt.timedelta = ONE_HOUR,
+    lease: dt.timedelta = DEFAULT_LEASE,
+    delay: Delay = ZERO_SECS,
+    atomic: bool = False,
+    error_field: str | None = None,
+    cancel_on: type[BaseException] | tuple[type[BaseException], ...] = (),
+    slots: int | None = None,
+) -> Callable[[Callable[[M], object]], Queue[M]]:
+    """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
+
+    Args:
+        source: its tasks: a model, a manager, a queryset, or a callable that returns a queryset, which is
+            called for each claim.
+        field: the name of the `StatusField`.
+        name: by which commands and logs call it; ``app_label.function`` by default.
+        retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
+        timeout: how long an attempt may take.
+        lease: after how long without a sign of life from its worker a task is taken back, 3 s or more. A
+            worker renews it every third of that. Of several queues on one field the longest counts.
+        delay: how long a task waits after a failed attempt: a timedelta, or a callable
+            (attempts) -> timedelta, see `modelqueue.backoff`.
+        atomic: whether the action and its outcome are one transaction, see `modelqueue.run`.
+        error_field: the name of an `ErrorField` that takes the text of a failure.
+        cancel_on: an exception, or a tuple of them, after which there is no further attempt.
+        slots: how many of its tasks a worker process runs at a time, 1 or more. None: as many as it has
+            threads, or 100 of an ``async def``.
+
+    Raises:
+        TypeError, ValueError: what can not be declared, and what to do about it.
+    """
+    where = _place_of_call()
+
+    def declare(action: Callable[[M], object]) -> Queue[M]:
+        declared = Queue(
+            source,
+            field,
+            action,
+            where=where,
+            name=name,
+            retry=retry,
+            timeout=timeout,
+            lease=lease,
+            delay=delay,
+            atomic=atomic,
+            error_field=error_field,
+            cancel_on=cancel_on,
+            slots=slots,
+        )
+        _register(declared)
+        return declared
+
+    return declare
+
+
+def declared_queues() -> list[Queue[Any]]:
+    """Return all declared queues, by name. Looks for them in the apps' modules ``queues`` first."""
+    discover()
+    return [_declared[name] for name in sorted(_declared)]
+
+
+def discover() -> None:
+    """Import the module ``queues`` of each installed app that has one."""
+    apps.check_apps_ready()
+    autodiscover_modules("queues")
+
+
+def _register(declared: Queue[Any]) -> None:
+    known = _declared.get(declared.name)
+    if known is not None and known.where != declared.where:
+        raise ValueError(
+            f"There are two queues of the name {declared.name!r}: at {known.where} and at {declared.where}. "
+            "Give one of them another with name=..."
+        )
+    queues = declared_on(declared.field)
+    queues[:] = [one for one in queues if one is not known] + [declared]
+    _declared[declared.name] = declared
+
+
+def _place_of_call() -> str:
+    frame = sys._getframe(2)
+    return f"{Path(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _default_name(action: Callable[..., object], model: type[models.Model]) -> str:
+    app = apps.get_containing_app_config(action.__module__) if apps.apps_ready else None
+    label = model._meta.app_label if app is None else app.label
+    name: str | None = getattr(action, "__name__", None)
+    if name is None or not name.isidentifier():
+        raise ValueError(f"The action {action!r} has no name to call its queue by. Give name=...")
+    return f"{label}.{name}"
+
+
+def _checked_name(name: object) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.:-]+", name):
+        raise ValueError(
+            f"name={name!r}: a queue is called by letters, digits and the signs . : _ - alone, as the "
+            "command line takes them."
+        )
+    return name
+
+
+def _checked_lease(lease: object) -> dt.timedelta:
+    if not isinstance(lease, dt.timedelta):
+        raise TypeError(
+            f"lease is a datetime.timedelta, not {lease!r}. Give for example timedelta(seconds=30)."
+        )
+    if lease < SHORTEST_LEASE:
+        raise ValueError(
+            f"lease={lease} is shorter than {SHORTEST_LEASE.seconds} s, so one slow renewal lets a running "
+            "task be claimed again. Raise lease."
+        )
+    return lease
+
+
+def _checked_classes(given: object) -> tuple[type[BaseException], ...]:
+    classes = given if isinstance(given, tuple) else (given,)
+    for one in classes:
+        if not (isinstance(one, type) and issubclass(one, BaseException)):
+            raise TypeError(f"cancel_on is an exception class or a tuple of them; {one!r} is none.")
+    return classes
+
+
+def _checked_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}.")
+    return value
+
+
+def _checked_slots(slots: object) -> int | None:
+    if slots is None:
+        return None
+    if isinstance(slots, bool) or not isinstance(slots, int):
+        raise TypeError(f"slots is an int, 1 or more, or None, not {slots!r}.")
+    if slots < 1:
+        raise ValueError(f"slots={slots} would never run a task. Give 1 or more, or None.")
+    return slots
+
+
+def _check_call(action: Callable[..., object]) -> None:
+    try:
+        signature = inspect.signature(action)
+    except (TypeError, ValueError):  # of some builtins nobody knows it
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"The action {action!r} can not be called with a task alone: {error}. It gets one argument."
+        ) from None

@@ -1,0 +1,45 @@
+"""The declared queues of the test app. What an errand does is said by its title."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+import time
+
+import modelqueue
+from modelqueue import Status
+from tests.testapp.models import Errand, Ledger
+
+LEASE = dt.timedelta(seconds=3)
+
+
+@modelqueue.queue(Errand, "status", error_field="error", retry=2, lease=LEASE, cancel_on=LookupError)
+def do_errand(errand):
+    """Do what the title says, and write it down: nothing, fail, give up, sleep for some seconds."""
+    Ledger.objects.create(task=errand.pk, worker=str(os.getpid()))
+    word, _, argument = errand.title.partition(" ")
+    if word == "fail":
+        raise ValueError(argument)
+    if word == "miss":
+        raise KeyError(argument)
+    if word == "sleep":
+        time.sleep(float(argument))
+    if word == "doze":  # as code that can be interrupted
+        until = time.monotonic() + float(argument)
+        while time.monotonic() < until:
+            time.sleep(0.01)
+    if word == "review":
+        errand.review_status = Status.waiting()
+    errand.log = [*errand.log, word or "done"]
+
+
+@modelqueue.queue(Errand, "review_status", slots=200, lease=LEASE)
+async def review(errand):
+    word, _, argument = errand.title.partition(" ")
+    if word == "sleep":
+        await asyncio.sleep(float(argument))
+    if word == "read":
+        await Errand.objects.acount()
+        await asyncio.sleep(float(argument))
+    errand.log = [*errand.log, "reviewed"]
