@@ -1,0 +1,143 @@
+"""``manage.py modelqueue worker``: run the tasks of declared queues."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+from django.db import connections
+
+from modelqueue.queues import Queue, declared_queues
+from modelqueue.worker.options import Options
+from modelqueue.worker.supervisor import Supervisor
+
+HELP = "run tasks"
+DESCRIPTION = (
+    "Run the tasks of declared queues in processes and threads until it is stopped: SIGINT (Ctrl-C) or "
+    "SIGTERM lets running actions end within the grace time, a second one ends them at once. No task is left "
+    "working."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="QUEUE",
+        help="a queue to leave out; can be given several times",
+    )
+    add("--database", metavar="ALIAS", help="serve only queues whose tasks are in this database")
+    add("--processes", type=_at_least(1), default=1, metavar="N", help="how many processes (default: 1)")
+    add(
+        "--threads",
+        type=_at_least(1),
+        default=4,
+        metavar="N",
+        help="how many synchronous actions a process runs at a time (default: 4)",
+    )
+    add(
+        "--poll",
+        type=_seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help="the longest time between two looks for work, when there was none for long (default: 1)",
+    )
+    add(
+        "--grace",
+        type=_seconds,
+        default=25.0,
+        metavar="SECONDS",
+        help="how long running actions may take to end when the worker is stopped (default: 25)",
+    )
+    add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then")
+    add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
+    add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
+    add("--max-seconds", type=_seconds, metavar="SECONDS", help="replace a process after so long")
+    add("--health-file", metavar="PATH", help="write this file each second while the database answers")
+
+
+def handle(command: BaseCommand, options: dict[str, Any]) -> int:
+    queues = chosen_queues(options["queues"], options["exclude"], options["database"])
+    worker = Options(
+        names=tuple(queue.name for queue in queues),
+        processes=options["processes"],
+        threads=options["threads"],
+        poll=options["poll"],
+        grace=options["grace"],
+        drain=options["drain"],
+        max_tasks=options["max_tasks"],
+        max_memory=options["max_memory"],
+        max_seconds=options["max_seconds"],
+        health_file=options["health_file"],
+    )
+    for line in introduction(worker, queues):
+        command.stdout.write(line)
+    return Supervisor(worker, queues, command.stdout.write).run()
+
+
+def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> list[Queue[Any]]:
+    """Return the declared queues of these names, or all.
+
+    Raises:
+        CommandError: there is none, or one of the names is none's.
+    """
+    declared = {queue.name: queue for queue in declared_queues()}
+    if not declared:
+        raise CommandError(
+            'No queue is declared. Decorate a function with @modelqueue.queue(Model, "status") in the module '
+            "queues.py of an installed app."
+        )
+    for name in [*names, *exclude]:
+        if name not in declared:
+            close = difflib.get_close_matches(name, declared, 1)
+            raise CommandError(
+                f"There is no queue {name!r}. "
+                + (f"Did you mean {close[0]!r}? " if close else "")
+                + f"Declared are: {', '.join(declared)}."
+            )
+    if using is not None and using not in connections:
+        raise CommandError(f"There is no database {using!r}. DATABASES has: {', '.join(connections)}.")
+    queues = [
+        queue
+        for name, queue in declared.items()
+        if name in (names or declared) and name not in exclude and using in (None, queue.using)
+    ]
+    if not queues:
+        raise CommandError("Of the declared queues these options leave none.")
+    return queues
+
+
+def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
+    """Say what is served and where."""
+    size = f"{options.processes} processes of {options.threads} threads"
+    lines = [f"Serving {len(queues)} queues with {size}:"]
+    for queue in queues:
+        settings = connections[queue.using].settings_dict
+        where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
+        lines.append(
+            f"  {queue.name}  {queue.model._meta.label}.{queue.field.name} in {queue.using} ({where})"
+        )
+    lines.append("Stop it with Ctrl-C." if not options.drain else "It stops when nothing is due.")
+    return lines
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait, in seconds")
+    return value

@@ -1,0 +1,68 @@
+"""Running asynchronous actions: one event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, cast
+
+from modelqueue.attempts import AsyncAttempt
+from modelqueue.worker.completer import Completer
+from modelqueue.worker.running import Running
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """The event loop of a process; begins with the first task."""
+
+    def __init__(self, completer: Completer) -> None:
+        self._completer = completer
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: dict[Running, asyncio.Task[None]] = {}
+
+    def submit(self, running: Running) -> None:
+        """Run the action of a claimed task."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(
+                target=self._work, args=[self._loop], name="modelqueue-loop", daemon=True
+            ).start()
+        self._loop.call_soon_threadsafe(self._begin, running)
+
+    def cancel(self, running: Running) -> None:
+        """Cancel the action of one task, as its lease is lost."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cancel, running)
+
+    def interrupt(self) -> None:
+        """Cancel all actions that are being run."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cancel_all)
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_forever()
+
+    def _begin(self, running: Running) -> None:
+        self._tasks[running] = asyncio.ensure_future(self._run(running))
+
+    def _cancel(self, running: Running) -> None:
+        task = self._tasks.get(running)
+        if task is not None:
+            task.cancel()
+
+    def _cancel_all(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def _run(self, running: Running) -> None:
+        attempt = cast("AsyncAttempt[Any]", running.attempt)
+        error: BaseException | None
+        try:
+            error, canceled = await attempt.await_action(running.lane.queue.action, attempt.task)
+            error = error or canceled
+        except BaseException as unexpected:
+            error = unexpected
+        self._tasks.pop(running, None)
+        self._completer.put(running, error)

@@ -1,0 +1,134 @@
+"""One process of a worker: claims, runs and completes tasks until its supervisor tells it to stop.
+
+It talks with the supervisor by a pipe. When that breaks the supervisor is gone, and the process stops in
+order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import django
+from django.apps import apps
+
+from modelqueue.queues import declared_queues
+from modelqueue.worker.claimer import Claimer
+from modelqueue.worker.completer import Completer
+from modelqueue.worker.loop import Loop
+from modelqueue.worker.options import Options
+from modelqueue.worker.running import Register
+from modelqueue.worker.slots import Lane, Slots
+from modelqueue.worker.system import ignore_stop_signals, memory
+from modelqueue.worker.threads import Threads
+
+__all__ = ["main"]
+
+logger = logging.getLogger("modelqueue")
+
+#: Seconds between two reports to the supervisor.
+_TICK = 0.1
+#: Seconds that an interrupted action has to end, and the database to take the last outcomes.
+_LAST_MOMENTS = 1.0
+
+
+def main(options: Options, pipe: Connection[Any, Any]) -> None:
+    """Be a process of a worker, until its end."""
+    ignore_stop_signals()
+    if not apps.ready:
+        django.setup()
+    Process(options, pipe).run()
+
+
+class Process:
+    def __init__(self, options: Options, pipe: Connection[Any, Any]) -> None:
+        self._options = options
+        self._pipe = pipe
+        queues = [queue for queue in declared_queues() if queue.name in options.names]
+        lanes = [Lane(queue, options.threads) for queue in queues]
+        self._slots = Slots(lanes, options.threads, options.max_tasks)
+        self._register = Register(self._slots)
+        self._completer = Completer(self._register)
+        self._threads = Threads(self._register, self._completer)
+        self._loop = Loop(self._completer)
+        self._claimer = Claimer(self._slots, self._register, self._threads, self._loop, self._completer)
+        self._began = time.monotonic()
+        self._grace: float | None = None
+        """Seconds in which to stop; None: not yet."""
+
+    def run(self) -> None:
+        self._completer.start()
+        self._claimer.start()
+        self._send("ready")
+        while self._grace is None:
+            self._receive(_TICK)
+            self._report()
+            if self._grace is None and (reason := self._reason_to_be_replaced()):
+                self._send("full", reason)
+                self._grace = self._options.grace
+        self._stop()
+
+    # Messages
+
+    def _receive(self, seconds: float) -> None:
+        try:
+            if not self._pipe.poll(seconds):
+                return
+            message, *arguments = self._pipe.recv()
+        except (EOFError, OSError):
+            if self._grace is None:
+                logger.warning("The supervisor of this process is gone, so it stops.")
+                self._grace = self._options.grace
+            time.sleep(seconds)
+            return
+        if message == "due":
+            self._slots.want(*arguments)
+        elif message == "recover":
+            self._slots.recover(*arguments)
+        elif message == "ping":
+            self._send("pong", arguments[0], self._slots.running)
+        elif message == "stop":
+            (self._grace,) = arguments
+
+    def _send(self, *message: Any) -> None:
+        with suppress(OSError):  # the supervisor is gone, which `_receive` finds out
+            self._pipe.send(message)
+
+    def _report(self) -> None:
+        if ended := self._register.report():
+            self._send("ended", dict(ended))
+
+    def _reason_to_be_replaced(self) -> str | None:
+        options = self._options
+        if options.max_tasks is not None and self._register.total >= options.max_tasks:
+            return f"has run {self._register.total} tasks"
+        if options.max_seconds is not None and time.monotonic() - self._began >= options.max_seconds:
+            return f"has run for {options.max_seconds:g} s"
+        if options.max_memory is not None and (used := memory() or 0) > options.max_memory:
+            return f"uses {used} MiB of memory"
+        return None
+
+    # The end
+
+    def _stop(self) -> None:
+        """Finish what runs within the grace time, then interrupt it; what does not end is left."""
+        self._claimer.stop()
+        began = time.monotonic()
+        while not self._register.wait_for_all(_TICK) and time.monotonic() - began < (self._grace or 0.0):
+            self._receive(0)
+            self._report()
+        self._claimer.join(_LAST_MOMENTS)  # it may have claimed in the last moment
+        self._threads.interrupt()
+        self._loop.interrupt()
+        self._register.wait_for_all(_LAST_MOMENTS)
+        self._completer.stop(_LAST_MOMENTS)
+        self._report()
+        if left := self._register.left():
+            self._send("left", left)
+            logging.shutdown()
+            os._exit(0)  # with its actions, which nothing else ends
+        self._threads.stop()

@@ -1,0 +1,142 @@
+"""What a process may claim: for each queue in turn, as many tasks as it has free slots for.
+
+Promises that no queue takes turns from another: whoever has had one comes last, and free threads are shared
+among all queues that want some.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from modelqueue.queues import Queue
+from modelqueue.worker.options import ASYNC_SLOTS
+
+__all__ = ["Lane", "Slots", "Turn"]
+
+#: Tasks of an async queue that one claim takes at most, so that the others get their turn.
+_MOST = 50
+
+
+class Lane:
+    """A queue in this process."""
+
+    def __init__(self, queue: Queue[Any], threads: int) -> None:
+        self.queue = queue
+        self.is_async = queue.is_async
+        if queue.is_async:
+            self.slots = queue.slots or ASYNC_SLOTS
+        else:
+            self.slots = min(queue.slots or threads, threads)
+        self.running = 0
+        #: Is there perhaps something due?
+        self.is_wanted = True
+        #: Is there perhaps something to recover?
+        self.has_expired = False
+
+    @property
+    def free(self) -> int:
+        return self.slots - self.running
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What to do next: recover tasks of a queue, or claim up to `limit` of them."""
+
+    lane: Lane
+    limit: int
+    """0: recover."""
+
+
+class Slots:
+    """The slots of a process, shared by its claimer and those who run and complete tasks."""
+
+    def __init__(self, lanes: list[Lane], threads: int, most_tasks: int | None = None) -> None:
+        self._lanes = lanes
+        #: How many more tasks may be claimed at all.
+        self._left = math.inf if most_tasks is None else most_tasks
+        self._by_name = {lane.queue.name: lane for lane in lanes}
+        self._free_threads = threads
+        self._changed = threading.Condition()
+        self._is_stopped = False
+
+    def want(self, names: Iterable[str]) -> None:
+        """Note that these queues may have due tasks."""
+        with self._changed:
+            for name in names:
+                self._by_name[name].is_wanted = True
+            self._changed.notify()
+
+    def recover(self, names: Iterable[str]) -> None:
+        """Note that these queues may have abandoned tasks."""
+        with self._changed:
+            for name in names:
+                self._by_name[name].has_expired = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """There is no further turn."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+
+    def next(self) -> Turn | None:
+        """Wait for the next turn, and reserve its slots; None: there is none any more."""
+        with self._changed:
+            while True:
+                if self._is_stopped:
+                    return None
+                if (turn := self._choose()) is not None:
+                    return turn
+                self._changed.wait()
+
+    def _choose(self) -> Turn | None:
+        for lane in self._lanes:
+            if lane.has_expired:
+                lane.has_expired = False
+                return Turn(lane, 0)
+        if self._left <= 0:
+            return None
+        wanted = [lane for lane in self._lanes if lane.is_wanted and lane.free > 0]
+        able = [lane for lane in wanted if lane.is_async or self._free_threads > 0]
+        if not able:
+            return None
+        lane = able[0]
+        self._lanes.remove(lane)
+        self._lanes.append(lane)
+        sharing = sum(not one.is_async for one in wanted)
+        share = _MOST if lane.is_async else -(-self._free_threads // sharing)
+        limit = int(min(lane.free, share, self._left))
+        lane.is_wanted = False  # unless somebody says so meanwhile
+        self._take(lane, limit)
+        self._left -= limit
+        return Turn(lane, limit)
+
+    def claimed(self, turn: Turn, count: int) -> None:
+        """Give back the slots of a turn that were not needed; a turn that was used up is not the last."""
+        with self._changed:
+            self._take(turn.lane, count - turn.limit)
+            self._left += turn.limit - count
+            if count == turn.limit:
+                turn.lane.is_wanted = True
+            self._changed.notify()
+
+    def freed(self, lane: Lane) -> None:
+        """A task has ended."""
+        with self._changed:
+            self._take(lane, -1)
+            self._changed.notify()
+
+    def _take(self, lane: Lane, count: int) -> None:
+        lane.running += count
+        if not lane.is_async:
+            self._free_threads -= count
+
+    @property
+    def running(self) -> int:
+        """How many slots are taken, by tasks or by a claim that is under way."""
+        with self._changed:
+            return sum(lane.running for lane in self._lanes)

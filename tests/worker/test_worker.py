@@ -1,0 +1,268 @@
+"""The worker, as real processes with real signals: what it runs, how it stops, what dies with it."""
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from modelqueue import State, Status
+from tests.actions import row, stored
+from tests.processes import wait_until
+from tests.testapp.models import Errand, Ledger
+from tests.testapp.queues import LEASE, do_errand, review
+from tests.worker.workers import is_gone
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def make(*titles, **options):
+    """Make errands that wait, and nothing to review."""
+    return [Errand.objects.create(title=title, **options) for title in titles]
+
+
+def runs(errand):
+    """How often the action of an errand has begun."""
+    return Ledger.objects.filter(task=errand.pk).count()
+
+
+def is_running(*errands):
+    return lambda: all(runs(errand) for errand in errands)
+
+
+# Running
+
+
+def test_worker_runs_what_is_declared_and_drains(workers):
+    plain, failing, missing, reviewed = make("", "fail so", "miss it", "review")
+    worker = workers.start("--drain", "--processes", 2, "--threads", 2)
+    assert worker.process.wait(60) == 0, worker.output
+    assert [stored(one).state for one in (plain, reviewed)] == [State.finished] * 2
+    assert stored(reviewed, "review_status").state == State.finished
+    assert row(reviewed).log == ["review", "reviewed"]
+    assert (stored(failing).state, stored(failing).attempts, runs(failing)) == (State.canceled, 3, 3)
+    assert (stored(missing).state, stored(missing).attempts) == (State.canceled, 1)
+    assert "testapp.do_errand  testapp.Errand.status in default" in worker.output
+    wait_until(is_gone(worker))
+
+
+def test_each_of_many_tasks_is_run_once(workers):
+    Errand.objects.bulk_create([Errand() for _ in range(300)])
+    others = [workers.start("--drain", "--processes", 2) for _ in range(2)]
+    assert [worker.process.wait(90) for worker in others] == [0, 0]
+    assert do_errand.tally()["finished"] == 300
+    assert set(Counter(Ledger.objects.values_list("task", flat=True)).values()) == {1}
+
+
+def test_task_that_comes_later_is_found(workers):
+    worker = workers.start("--poll", 0.2)
+    wait_until(lambda: "Stop it with Ctrl-C" in worker.output)
+    (errand,) = make("")
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert worker.stop()[0] == 0
+
+
+# Leases
+
+
+def test_task_that_takes_longer_than_its_lease_is_run_once(workers):
+    (errand,) = make(f"sleep {2.5 * LEASE.total_seconds()}")
+    worker = workers.start("--processes", 3, "--drain")
+    wait_until(is_running(errand))
+    first = stored(errand)
+    assert worker.process.wait(60) == 0
+    assert (stored(errand).state, stored(errand).attempts, runs(errand)) == (State.finished, 1, 1)
+    assert first.state == State.working
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["group", "process"])
+def test_tasks_of_the_killed_run_again_within_the_lease_and_five_seconds(whole, workers):
+    errands = make(*["sleep 60"] * 2)
+    victim = workers.start("--threads", 2)
+    wait_until(is_running(*errands))
+    Errand.objects.update(title="")
+    if whole:
+        victim.kill_group()
+        workers.start()
+    else:
+        os.kill(int(Ledger.objects.first().worker), signal.SIGKILL)
+    killed = time.monotonic()
+    wait_until(lambda: do_errand.tally()["finished"] == 2)
+    seconds = time.monotonic() - killed
+    print(f"\nrun again {seconds:.1f} s after the kill, with a lease of {LEASE.total_seconds():.0f} s")
+    # The database of one writer gives a lease as long as a renewal may have to wait.
+    assert seconds < do_errand.recovery().lease.total_seconds() + 5
+    assert [(stored(one).attempts, runs(one)) for one in errands] == [(2, 2)] * 2
+
+
+def test_process_that_died_is_replaced_and_its_death_is_told(workers):
+    (errand,) = make("sleep 60")
+    worker = workers.start()
+    wait_until(is_running(errand))
+    Errand.objects.update(title="")
+    os.kill(int(Ledger.objects.get().worker), signal.SIGKILL)
+    wait_until(lambda: "was killed by SIGKILL" in worker.output)
+    (later,) = make("")
+    wait_until(lambda: stored(later).state == State.finished)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_idle_worker_stops_at_once(number, workers):
+    (errand,) = make("")
+    worker = workers.start("--processes", 2)
+    wait_until(lambda: stored(errand).state == State.finished)
+    code, seconds = worker.stop(number)
+    assert code == 0
+    assert seconds < 5
+    wait_until(is_gone(worker))
+
+
+def test_running_action_may_end(workers):
+    (errand,) = make("doze 1.5")
+    worker = workers.start("--grace", 20)
+    wait_until(is_running(errand))
+    assert worker.stop()[0] == 0
+    assert (stored(errand).state, runs(errand)) == (State.finished, 1)
+    wait_until(is_gone(worker))
+
+
+@pytest.mark.parametrize("title", ["doze 60", "sleep 60"])
+def test_action_that_outlasts_the_grace_time_is_given_back_uncharged(title, workers):
+    """Also one that can not be interrupted: then its process is dead before the task is given back."""
+    (errand,) = make(title)
+    before = stored(errand)
+    worker = workers.start("--grace", 0.5)
+    wait_until(is_running(errand))
+    code, seconds = worker.stop()
+    assert (code, stored(errand)) == (0, before)
+    assert seconds < 6
+    wait_until(is_gone(worker))
+
+
+def test_second_signal_ends_it_now(workers):
+    (errand,) = make("doze 60")
+    before = stored(errand)
+    worker = workers.start("--grace", 60)
+    wait_until(is_running(errand))
+    worker.send(signal.SIGINT)
+    wait_until(lambda: "Stopping: running tasks may end" in worker.output)
+    code, seconds = worker.stop(signal.SIGINT)
+    assert (code, stored(errand)) == (0, before)
+    assert seconds < 6
+
+
+def test_async_action_is_canceled_at_the_end_of_the_grace_time(workers):
+    errand = Errand.objects.create(
+        title="sleep 60", status=Status.created(1), review_status=Status.waiting(5)
+    )
+    worker = workers.start("testapp.review", "--grace", 0.5)
+    wait_until(lambda: stored(errand, "review_status").state == State.working)
+    assert worker.stop()[0] == 0
+    assert stored(errand, "review_status") == Status.waiting(5)
+
+
+def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):
+    (errand,) = make("doze 1.5")
+    worker = workers.start("--processes", 2)
+    wait_until(is_running(errand))
+    worker.send(signal.SIGKILL)
+    wait_until(lambda: stored(errand).state == State.finished)
+    wait_until(is_gone(worker))
+    assert (stored(errand).attempts, runs(errand)) == (1, 1)
+
+
+def test_rolling_restarts_lose_and_charge_nothing(workers):
+    Errand.objects.bulk_create([Errand(title="doze 0.05") for _ in range(100)])
+    worker = workers.start("--grace", 10)
+    wait_until(lambda: Ledger.objects.count() > 5)
+    for _ in range(2):
+        following = workers.start("--grace", 10)
+        wait_until(lambda one=following: "Stop it with Ctrl-C" in one.output)
+        assert worker.stop()[0] == 0
+        assert do_errand.tally()["working"] <= 4
+        worker = following
+    wait_until(lambda: do_errand.tally()["finished"] == 100)
+    assert worker.stop()[0] == 0
+    assert set(Errand.objects.values_list("status__attempts", flat=True)) == {1}
+    assert Ledger.objects.count() == 100
+
+
+# Fairness
+
+
+def test_full_queue_does_not_starve_another(workers):
+    Errand.objects.bulk_create([Errand(title="doze 0.01", status=Status.waiting(1)) for _ in range(3000)])
+    worker = workers.start()
+    wait_until(lambda: Ledger.objects.count() > 20)
+    waits = []
+    for _ in range(5):
+        trickle = Errand.objects.create(status=Status.created(1), review_status=Status.waiting())
+        began = time.monotonic()
+        wait_until(lambda task=trickle: stored(task, "review_status").state == State.finished)
+        waits.append(time.monotonic() - began)
+    assert do_errand.tally()["waiting"] > 0
+    worker.send(signal.SIGKILL)
+    print(f"\nthe trickle took {', '.join(f'{wait * 1000:.0f}' for wait in waits)} ms")
+    assert sorted(waits)[2] < 0.5
+
+
+def test_many_async_actions_run_side_by_side(workers):
+    Errand.objects.bulk_create(
+        [
+            Errand(title="sleep 1", status=Status.created(1), review_status=Status.waiting())
+            for _ in range(200)
+        ]
+    )
+    worker = workers.start("--drain", "testapp.review")
+    wait_until(lambda: review.tally()["working"] + review.tally()["finished"] > 0)
+    began = time.monotonic()
+    wait_until(lambda: review.tally()["finished"] == 200)
+    seconds = time.monotonic() - began
+    print(f"\n200 tasks of 1 s took {seconds:.1f} s")
+    assert seconds < 6
+    assert worker.process.wait(20) == 0
+
+
+# Recycling and health
+
+
+def test_process_is_replaced_after_so_many_tasks(workers):
+    Errand.objects.bulk_create([Errand() for _ in range(12)])
+    worker = workers.start("--max-tasks", 4, "--threads", 1)
+    wait_until(lambda: do_errand.tally()["finished"] == 12)
+    wait_until(lambda: worker.output.count("has run 4 tasks and is replaced") == 3)
+    assert worker.stop()[0] == 0
+    assert set(Counter(Ledger.objects.values_list("worker", flat=True)).values()) == {4}
+
+
+def test_health_file_is_written_while_the_database_answers(workers, tmp_path):
+    path = tmp_path / "health"
+    worker = workers.start("--health-file", path)
+    wait_until(path.exists)
+    first = path.stat().st_mtime_ns
+    wait_until(lambda: path.stat().st_mtime_ns > first)
+    assert worker.stop()[0] == 0
+
+
+# Wrong calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["testapp.do_erand"], "There is no queue 'testapp.do_erand'. Did you mean 'testapp.do_errand'?"),
+        (["--exclude", "x"], "There is no queue 'x'. Declared are: testapp.do_errand, testapp.review."),
+        (["--database", "nowhere"], "There is no database 'nowhere'. DATABASES has: default, other."),
+        (["testapp.review", "--exclude", "testapp.review"], "these options leave none"),
+        (["--threads", "0"], "argument --threads: 0 is less than 1"),
+        (["--grace", "-1"], "-1 is no time to wait"),
+    ],
+)
+def test_wrong_call_is_refused(arguments, text, workers):
+    worker = workers.start(*arguments)
+    assert worker.process.wait(30) != 0
+    assert text in worker.output

@@ -1,0 +1,85 @@
+"""Real workers, started by the command as a user does, on the databases of the running test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from tests.processes import ROOT, environment, wait_until
+
+
+class Worker:
+    """One started ``manage.py modelqueue worker``, in a process group of its own."""
+
+    def __init__(self, *arguments):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "django", "modelqueue", "worker", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+
+    @property
+    def output(self):
+        self._output.seek(0)
+        return self._output.read()
+
+    def send(self, number):
+        self.process.send_signal(number)
+
+    def stop(self, number=signal.SIGTERM, timeout=30):
+        """Stop it; return the exit code and the seconds that it took."""
+        began = time.monotonic()
+        self.send(number)
+        return self.process.wait(timeout), time.monotonic() - began
+
+    def members(self):
+        """The pids of all its processes, dead or alive but not gone."""
+        listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True)
+        rows = [line.split() for line in listed.stdout.splitlines()]
+        return [int(pid) for pid, group, state in rows if int(group) == self.pid and "Z" not in state]
+
+    def kill_group(self):
+        os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self):
+        if self.members():
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        self._output.close()
+
+
+class Workers:
+    """Starts workers, and leaves none of them behind."""
+
+    def __init__(self):
+        self._started = []
+
+    def start(self, *arguments):
+        worker = Worker(*arguments)
+        self._started.append(worker)
+        return worker
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for worker in self._started:
+            worker.close()
+
+
+def is_gone(worker):
+    return lambda: not worker.members()
+
+
+__all__ = ["Worker", "Workers", "is_gone", "wait_until"]
