@@ -59,7 +59,7 @@ class Slots:
         #: How many more tasks may be claimed at all.
         self._left = math.inf if most_tasks is None else most_tasks
         self._by_name = {lane.queue.name: lane for lane in lanes}
-        self._free_threads = threads
+        self._threads = self._free_threads = threads
         self._changed = threading.Condition()
         self._is_stopped = False
 
@@ -104,12 +104,14 @@ class Slots:
         able = [lane for lane in wanted if lane.is_async or self._free_threads > 0]
         if not able:
             return None
-        lane = able[0]
+        sharing = sum(not one.is_async for one in wanted)
+        share = -(-self._threads // max(sharing, 1))
+        below = [lane for lane in able if lane.is_async or lane.running < share]
+        lane = (below or able)[0]
         self._lanes.remove(lane)
         self._lanes.append(lane)
-        sharing = sum(not one.is_async for one in wanted)
-        share = _MOST if lane.is_async else -(-self._free_threads // sharing)
-        limit = int(min(lane.free, share, self._left))
+        most = _MOST if lane.is_async else min(max(share - lane.running, 1), self._free_threads)
+        limit = int(min(lane.free, most, self._left))
         lane.is_wanted = False  # unless somebody says so meanwhile
         self._take(lane, limit)
         self._left -= limit
