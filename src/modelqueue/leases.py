@@ -133,16 +133,15 @@ class Keeper:
         return lease
 
     def _work(self) -> None:
-        try:
-            while self._wait():
-                for group in self._due():
-                    try:
-                        group.renew()
-                    except Error as error:
-                        logger.warning("Leases of %s can not be renewed: %s", group, error)
-                    except Exception:
-                        logger.exception("Leases of %s can not be renewed.", group)
-        finally:
+        while self._wait():
+            for group in self._due():
+                try:
+                    group.renew()
+                except Error as error:
+                    logger.warning("Leases of %s can not be renewed: %s", group, error)
+                except Exception:
+                    logger.exception("Leases of %s can not be renewed.", group)
+            # There is nothing to do for long, and who drops a test database must not meet a session.
             connections.close_all()
 
     def _wait(self) -> bool:

@@ -1,0 +1,210 @@
+"""The leases of running tasks are kept alive, and a renewal and an outcome never cross."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import OperationalError, connection, transaction
+
+import modelqueue
+from modelqueue import State, Status, leases, verbs
+from modelqueue.leases import Keeper
+from tests.actions import SECOND, heard, stored
+from tests.processes import wait_until
+from tests.test_queues import declare
+from tests.testapp.models import Errand, Paper, Task
+from tests.testapp.queues import do_errand
+
+__all__ = ["declare"]
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Renew a lease of 3 s each tenth of a second."""
+    monkeypatch.setattr(leases, "_SHARE", 30)
+    monkeypatch.setattr(leases, "_SOON", 0.1)
+
+
+def see_renewed(task):
+    """Wait, as an action, until the lease of the task has been renewed twice."""
+    for _ in range(2):
+        before = stored(task)
+        wait_until(lambda before=before: stored(task) > before)
+
+
+def test_lease_is_renewed_while_the_action_runs_and_the_outcome_recorded_under_it(declare):
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    task = Task.objects.create()
+    with heard("task_finished", "lease_lost") as events:
+        assert made.run() == task
+    assert [name for name, _ in events] == ["task_finished"]
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+
+
+def test_what_the_action_changed_is_saved_under_the_renewed_lease(declare):
+    def change(paper):
+        see_renewed(paper)
+        paper.title = "changed"
+
+    made = declare(Paper, "status", name="papers", lease=3 * SECOND)(change)
+    paper = Paper.objects.create()
+    made.run()
+    assert (stored(paper).state, Paper.objects.get().title) == (State.finished, "changed")
+
+
+def test_failure_after_a_renewal_is_no_older_than_it(declare):
+    seen = []
+
+    def fail(task):
+        see_renewed(task)
+        seen.append(stored(task))
+        raise ValueError("no")
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(fail)
+    task = Task.objects.create()
+    with pytest.raises(ValueError, match="no"):
+        made.run()
+    assert stored(task).state == State.waiting
+    assert stored(task).priority >= seen[0].priority
+
+
+def test_lease_of_an_async_action_is_renewed(declare):
+    async def act(task):
+        await asyncio.to_thread(see_renewed_elsewhere, task)
+
+    def see_renewed_elsewhere(task):
+        try:
+            see_renewed(task)
+        finally:
+            connection.close()
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(act)
+    task = Task.objects.create()
+    async_to_sync(made.arun)()
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+
+
+def test_action_learns_that_its_lease_is_lost(declare):
+    def be_canceled(task):
+        Task.objects.update(status=Status.canceled(5))
+        wait_until(lambda: modelqueue.current().cancel_requested)
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(be_canceled)
+    task = Task.objects.create()
+    with heard("lease_lost") as events:
+        made.run()
+    assert [facts["outcome"] for _, facts in events] == ["finish"]
+    assert stored(task) == Status.canceled(5)
+
+
+def test_action_may_renew_its_lease_itself(declare, monkeypatch):
+    monkeypatch.setattr(leases, "_SHARE", 0.01)  # never by itself
+
+    def renew(task):
+        before = stored(task)
+        time.sleep(0.002)
+        assert modelqueue.current().renew()
+        assert stored(task) > before
+        Task.objects.update(status=Status.canceled(5))
+        assert not modelqueue.current().renew()
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(renew)
+    Task.objects.create()
+    with heard("lease_lost") as events:
+        made.run()
+    assert len(events) == 1
+
+
+@pytest.mark.parametrize("error", [OperationalError("gone"), RuntimeError("a fault of ours")])
+def test_renewal_that_fails_is_tried_again(error, declare, monkeypatch, caplog):
+    renew, failures = verbs.renew, [error]
+
+    def fail_once(*arguments):
+        if failures:
+            raise failures.pop()
+        return renew(*arguments)
+
+    monkeypatch.setattr(verbs, "renew", fail_once)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    task = Task.objects.create()
+    made.run()
+    assert stored(task).state == State.finished
+    assert "Leases of testapp.Task.status can not be renewed" in caplog.text
+
+
+def test_outcome_waits_for_a_renewal_that_is_under_way(declare, monkeypatch):
+    """Else the renewal would come after it, and make a finished task working again, or lose the outcome."""
+    began, go_on, order = threading.Event(), threading.Event(), []
+    renew, settle = verbs.renew, modelqueue.attempts.Attempt.write_or_fail
+
+    def slow(*arguments):
+        began.set()
+        assert go_on.wait(30)
+        renewal = renew(*arguments)
+        order.append("renewal")
+        return renewal
+
+    def write(self, outcome):
+        order.append("outcome")
+        return settle(self, outcome)
+
+    monkeypatch.setattr(verbs, "renew", slow)
+    monkeypatch.setattr(modelqueue.attempts.Attempt, "write_or_fail", write)
+
+    def act(task):
+        assert began.wait(30)
+        threading.Timer(0.2, go_on.set).start()
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(act)
+    task = Task.objects.create()
+    with heard("task_finished", "lease_lost") as events:
+        made.run()
+    assert order[-1] == "outcome"
+    assert order.count("outcome") == 1
+    assert [name for name, _ in events] == ["task_finished"]
+    assert stored(task).state == State.finished
+
+
+def test_lease_is_not_renewed_after_its_end(declare):
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    Task.objects.create()
+    task = made.run()
+    ended = stored(task)
+    time.sleep(0.3)
+    assert stored(task) == ended
+
+
+def test_inside_a_transaction_of_the_caller_nothing_is_renewed():
+    """Another connection would not see the claim, and wait for its lock."""
+    Errand.objects.create()
+    with transaction.atomic():
+        claims = []
+        made = modelqueue.attempts.Attempt
+        before = made.process
+
+        def look(self, action):
+            claims.append(self.renewal)
+            return before(self, action)
+
+        made.process = look
+        try:
+            do_errand.drain()
+        finally:
+            made.process = before
+    assert claims == [None]
+
+
+def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, monkeypatch):
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
+    own = Keeper()
+    monkeypatch.setattr(modelqueue.execution, "keeper", own)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    Task.objects.bulk_create([Task(), Task()])
+    for _ in range(2):
+        made.run()
+        wait_until(lambda: own._thread is None)
+    assert made.tally()["finished"] == 2
