@@ -163,6 +163,7 @@ def test_outcome_waits_for_a_renewal_that_is_under_way(declare, monkeypatch):
     task = Task.objects.create()
     with heard("task_finished", "lease_lost") as events:
         made.run()
+    wait_until(lambda: "renewal" in order)
     assert order[-1] == "outcome"
     assert order.count("outcome") == 1
     assert [name for name, _ in events] == ["task_finished"]
