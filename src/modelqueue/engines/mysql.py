@@ -39,6 +39,13 @@ class MySQLEngine(Engine):
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")  # of the next one alone
         return super().transaction()
 
+    def connections_in_use(self) -> tuple[int, int]:
+        with self.connection.cursor() as cursor:
+            cursor.execute("SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+            used = int(cursor.fetchone()[1])
+            cursor.execute("SELECT @@max_connections")
+            return used, int(cursor.fetchone()[0])
+
     def clock_offset(self) -> dt.timedelta:
         return self._offset_of("SELECT UTC_TIMESTAMP(6)")
 

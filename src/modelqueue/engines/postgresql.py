@@ -141,6 +141,15 @@ class PostgreSQLEngine(Engine):
     def is_try_again(self, error: Error) -> bool:
         return prepared.sqlstate(error) in _TRY_AGAIN
 
+    def connections_in_use(self) -> tuple[int, int]:
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT count(*), current_setting('max_connections')::int FROM pg_stat_activity "
+                "WHERE backend_type = 'client backend'"
+            )
+            used, most = cursor.fetchone()
+        return used, most
+
     def clock_offset(self) -> dt.timedelta:
         return self._offset_of("SELECT clock_timestamp()")  # now() is when the transaction began
 

@@ -181,7 +181,11 @@ class Session:
         connection.rollback()
         return False
 
-    # Clock
+    # The server
+
+    def connections_in_use(self) -> tuple[int, int] | None:
+        """Return how many connections the server has, and may have; None where there is no such limit."""
+        return None
 
     def _offset_of(self, sql: str) -> dt.timedelta:
         """Return how far the time that a statement gives is ahead of ours in the middle of its round trip."""

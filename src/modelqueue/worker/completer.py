@@ -12,8 +12,9 @@ import time
 from queue import SimpleQueue
 
 from django.db import connections
-from django.db.utils import Error
+from django.db.utils import Error, OperationalError
 
+from modelqueue.outcomes import Outcome
 from modelqueue.worker.running import Register, Running
 
 __all__ = ["Completer"]
@@ -22,6 +23,8 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two tries to write an outcome.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+#: Seconds between two advices, and the part of the server's connections from which on they are scarce.
+_ADVICE_INTERVAL, _NEARLY = 60.0, 0.8
 
 
 class Completer:
@@ -30,6 +33,7 @@ class Completer:
         self._ended: SimpleQueue[tuple[Running, BaseException | None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="modelqueue-completer", daemon=True)
         self._is_stopped = threading.Event()
+        self._advise_from = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -66,9 +70,28 @@ class Completer:
                 self._register.end(running, "lost")
                 return
             else:
+                self._advise(running, outcome)
                 running.attempt.engine.give_way()
                 self._register.end(running, outcome.ending)
                 return
+
+    def _advise(self, running: Running, outcome: Outcome) -> None:
+        """Say what to set when an action has failed because the server has no more connections."""
+        if not isinstance(outcome.error, OperationalError) or time.monotonic() < self._advise_from:
+            return
+        self._advise_from = time.monotonic() + _ADVICE_INTERVAL
+        try:
+            found = running.attempt.engine.connections_in_use()
+        except Error:
+            return
+        if found is not None and found[0] >= _NEARLY * found[1]:
+            logger.error(
+                "%s: the database server has %d connections of the %d that it allows. Each action that runs "
+                "and uses the database has one. Give the queue fewer slots, or the worker fewer --threads or "
+                "--processes, or raise max_connections of the server.",
+                running.lane.queue.name,
+                *found,
+            )
 
     def _resume(self, running: Running) -> None:
         renewal = running.attempt.renewal

@@ -1,0 +1,14 @@
+"""One table of tasks, which ten queues share."""
+
+from __future__ import annotations
+
+from django.db import models
+
+import modelqueue
+
+
+class Task(models.Model):
+    queue = models.IntegerField(default=0)
+    enqueued = models.FloatField()
+    begun = models.FloatField(null=True)
+    status = modelqueue.StatusField()
