@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import threading
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
+from django.utils import autoreload
 
 from modelqueue.queues import Queue, declared_queues
 from modelqueue.worker.options import Options
@@ -54,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long running actions may take to end when the worker is stopped (default: 25)",
     )
+    add(
+        "--reload",
+        action=argparse.BooleanOptionalAction,
+        help="begin anew when code of the project changes (default: with DEBUG, but not with --drain)",
+    )
     add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then")
     add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
     add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
@@ -75,9 +84,41 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
         max_seconds=options["max_seconds"],
         health_file=options["health_file"],
     )
-    for line in introduction(worker, queues):
-        command.stdout.write(line)
-    return Supervisor(worker, queues, command.stdout.write).run()
+    supervisor = Supervisor(worker, queues, command.stdout.write)
+    is_to_reload = _is_to_reload(options)
+    if not is_to_reload or _is_reloaded():
+        for line in introduction(worker, queues):
+            command.stdout.write(line)
+    return run_with_reloader(supervisor) if is_to_reload else supervisor.run()
+
+
+def _is_to_reload(options: dict[str, Any]) -> bool:
+    asked: bool | None = options["reload"]
+    return settings.DEBUG and not options["drain"] if asked is None else asked
+
+
+def _is_reloaded() -> bool:
+    """Say whether this is the process that works, and not that which starts it anew."""
+    return os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) == "true"
+
+
+def run_with_reloader(supervisor: Supervisor) -> int:
+    """Serve, and begin anew, in order, whenever code of the project changes."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        try:
+            supervisor.run(handle_signals=False)
+        finally:
+            ended.set()
+
+    try:
+        autoreload.run_with_reloader(serve)
+    finally:
+        if _is_reloaded():
+            supervisor.stop()
+            ended.wait()
+    return 0
 
 
 def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> list[Queue[Any]]:
