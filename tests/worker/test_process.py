@@ -1,0 +1,377 @@
+"""One process of a worker, run in threads of the test: what it does with the database away, with rows that do
+not load, with each message of its supervisor."""
+
+import logging
+import multiprocessing
+import threading
+import time
+
+import pytest
+from django.db import OperationalError, connections, transaction
+
+import modelqueue
+from modelqueue import State, Status, leases, verbs
+from modelqueue.attempts import Attempt
+from modelqueue.worker import claimer
+from modelqueue.worker import process as process_module
+from modelqueue.worker.options import Options
+from modelqueue.worker.process import Process
+from tests.actions import stored, unexpected
+from tests.processes import wait_until
+from tests.test_queues import declare
+from tests.testapp.models import Errand, Job, Task
+from tests.testapp.queues import do_errand, review
+
+__all__ = ["declare"]
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class Started:
+    """A process in a thread, and the end of the pipe that its supervisor has."""
+
+    def __init__(self, *names, **options):
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.heard = []
+        self._process = Process(Options(names=names, **{"grace": 5.0, **options}), theirs)
+        self.thread = threading.Thread(target=self._process.run)
+        self.thread.start()
+        self.wait_for("ready")
+
+    def wait_for(self, message):
+        def is_heard():
+            while self.pipe.poll():
+                self.heard.append(self.pipe.recv())
+            return [one for one in self.heard if one[0] == message]
+
+        return wait_until(is_heard)[-1][1:]
+
+    def ended(self):
+        self.wait_for("ended")
+        counts = {}
+        for message, *arguments in self.heard:
+            if message == "ended":
+                for how, count in arguments[0].items():
+                    counts[how] = counts.get(how, 0) + count
+        return counts
+
+    def stop(self, grace=5.0):
+        self.pipe.send(("stop", grace))
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Start a process; at the end it is stopped."""
+    exits = []
+    monkeypatch.setattr(process_module.os, "_exit", exits.append)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    started = []
+
+    def start(*names, **options):
+        started.append(Started(*names, **options))
+        return started[-1]
+
+    start.exits = exits
+    yield start
+    for one in started:
+        if one.thread.is_alive():
+            one.stop(0.0)
+    leases.keeper._groups.clear()
+
+
+def make(title="", **options):
+    return Errand.objects.create(title=title, **options)
+
+
+NOT_TO_DO = Status.created(1)
+
+
+def test_tasks_are_run_until_there_are_none_and_reported(start):
+    errands = [make(), make("fail"), make("miss")]
+    process = start("testapp.do_errand")
+
+    def is_done():
+        process.pipe.send(("due", ["testapp.do_errand"]))
+        return sum(process.ended().values()) == 5
+
+    wait_until(is_done)
+    assert process.ended() == {"finish": 1, "fail": 4}
+    assert stored(errands[0]).state == State.finished
+
+
+def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
+    process = start("testapp.do_errand")
+    time.sleep(0.2)
+    errand = make()
+    time.sleep(0.3)
+    assert stored(errand).state == State.waiting
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_abandoned_tasks_are_recovered_when_the_supervisor_says_so(start):
+    process = start("testapp.do_errand")
+    errand = make(status=Status.working(5))
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.waiting)
+    assert stored(errand).attempts == 1
+
+
+def test_process_says_how_many_tasks_it_runs(start):
+    make("doze 1")
+    process = start("testapp.do_errand")
+    wait_until(lambda: do_errand.tally()["working"] == 1)
+    process.pipe.send(("ping", 7))
+    assert process.wait_for("pong") == (7, 1)
+
+
+def test_async_task_is_run_and_its_failure_recorded(start, declare):
+    async def fail(task):
+        raise ValueError("no")
+
+    declare(Task, "status", name="failing", retry=0)(fail)
+    task = Task.objects.create()
+    reviewed = make(status=NOT_TO_DO, review_status=Status.waiting(0))
+    start("testapp.review", "failing")
+    wait_until(lambda: stored(task).state == State.canceled)
+    wait_until(lambda: review.tally()["finished"] == 1)
+    assert Errand.objects.get(pk=reviewed.pk).log == ["reviewed"]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_task_with_atomic_is_run(atomic, start, declare):
+    declare(Task, "status", name="tasks", atomic=atomic)(lambda task: None)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: stored(task).state == State.finished)
+    wait_until(lambda: process.ended() == {"finish": 1})
+
+
+class FragileError(Exception):
+    """Raised by rows that do not load."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "atomic", "async"])
+def test_row_that_does_not_load_is_a_failed_attempt(kind, start, declare, monkeypatch):
+    def from_db(cls, *arguments):
+        raise FragileError
+
+    async def never(task):
+        unexpected(task)
+
+    action = never if kind == "async" else unexpected
+    declare(Job, "status", name="jobs", retry=0, atomic=kind == "atomic", error_field="error")(action)
+    job = Job.objects.create()
+    monkeypatch.setattr(Job, "from_db", classmethod(from_db))
+    start("jobs")
+    wait_until(lambda: Job.objects.filter(status__state="canceled").values_list("pk"))
+    assert "FragileError" in Job.objects.values_list("error", flat=True).get(pk=job.pk)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("name", ["testapp.do_errand", "testapp.review"])
+def test_what_can_be_interrupted_is_given_back_by_the_process(name, start):
+    field = "status" if name == "testapp.do_errand" else "review_status"
+    title = "doze 60" if field == "status" else "sleep 60"
+    errand = make(title, **{"status": NOT_TO_DO, field: Status.waiting(5, 1)})
+    process = start(name)
+    wait_until(lambda: stored(errand, field).state == State.working)
+    time.sleep(0.2)
+    process.stop(0.1)
+    assert stored(errand, field) == Status.waiting(5, 1)
+    assert start.exits == []
+
+
+def test_what_can_not_be_interrupted_is_left_to_the_supervisor(start, monkeypatch, declare):
+    monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
+    # What pends for a thread that is blocked makes the tracer of coverage spin, with Python 3.11.
+    monkeypatch.setattr("modelqueue.worker.threads.interrupt_thread", lambda *arguments: None)
+    go_on = threading.Event()
+    declare(Task, "status", name="tasks")(lambda task: go_on.wait(60))
+    task = Task.objects.create(status=Status.waiting(5))
+    process = start("tasks")
+    wait_until(lambda: stored(task).state == State.working)
+    process.stop(0.1)
+    [[left]] = process.wait_for("left")
+    assert (left.queue, left.row.pk, left.row.status) == ("tasks", task.pk, Status.waiting(5))
+    assert left.leases == {stored(task)}
+    assert start.exits == [0]
+    go_on.set()
+
+
+def test_process_stops_in_order_when_its_supervisor_is_gone(start):
+    errand = make("doze 0.5")
+    process = start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.working)
+    process.pipe.close()
+    process.thread.join(30)
+    assert not process.thread.is_alive()
+    assert stored(errand).state == State.finished
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_tasks": 2}, "has run 2 tasks"),
+        ({"max_seconds": 0.2}, "has run for 0.2 s"),
+        ({"max_memory": 1}, "MiB of memory"),
+    ],
+)
+def test_process_that_is_to_be_replaced_says_why_and_stops(options, reason, start):
+    for _ in range(3):
+        make()
+    process = start("testapp.do_errand", **options)
+    assert reason in process.wait_for("full")[0]
+    process.thread.join(30)
+    assert not process.thread.is_alive()
+    assert do_errand.tally()["working"] == 0
+
+
+# The database is away
+
+
+def failing(times, function, error=None):
+    """Let a function raise so many times before it works."""
+    left = [times]
+
+    def call(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise error or OperationalError("away")
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_outcome_that_can_not_be_written_is_written_later(start, monkeypatch, caplog):
+    monkeypatch.setattr(Attempt, "settle", failing(2, Attempt.settle))
+    errand = make()
+    process = start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.finished)
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert "its outcome can not be written yet: away" in caplog.text
+
+
+def test_outcome_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, caplog):
+    monkeypatch.setattr(Attempt, "settle", failing(1, Attempt.settle, RuntimeError("a fault")))
+    errands = [make(), make()]
+    process = start("testapp.do_errand", threads=1)
+    wait_until(lambda: do_errand.tally()["finished"] == 1)
+    wait_until(lambda: process.ended() == {"lost": 1, "finish": 1})
+    assert [stored(one).state for one in errands] == [State.working, State.finished]
+    assert "it is left to its recovery" in caplog.text
+
+
+def test_claim_that_fails_is_tried_again_and_told_once(start, monkeypatch, caplog):
+    monkeypatch.setattr(verbs, "claim", failing(3, verbs.claim))
+    errand = make()
+    start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert caplog.text.count("the database does not answer, trying again: away") == 1
+    assert caplog.text.count("the database answers again") == 1
+
+
+def test_claim_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, caplog):
+    monkeypatch.setattr(verbs, "claim", failing(1, verbs.claim, RuntimeError("a fault")))
+    process = start("testapp.do_errand")
+    wait_until(lambda: "its tasks can not be claimed" in caplog.text)
+    errand = make()
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_who_was_cut_off_recovers_nothing_until_all_have_had_time_to_renew(start, monkeypatch):
+    monkeypatch.setattr(verbs, "claim", failing(1, verbs.claim))
+    errand = make(status=Status.working(5))
+    process = start("testapp.do_errand")
+    other = make()
+    wait_until(lambda: stored(other).state == State.finished)
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    time.sleep(0.3)
+    assert stored(errand).state == State.working
+    now = time.monotonic()
+    monkeypatch.setattr(claimer.time, "monotonic", lambda: now + do_errand.lease.total_seconds() + 1)
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.waiting)
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
+def test_recovery_that_fails_stops_nothing(error, start, monkeypatch):
+    calls = []
+    recover = failing(1, verbs.recover, error)
+    monkeypatch.setattr(verbs, "recover", lambda *arguments: calls.append(1) or recover(*arguments))
+    process = start("testapp.do_errand")
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    wait_until(lambda: calls)
+    errand = make()
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_lack_of_connections_is_told_with_what_to_set(start, declare, monkeypatch, caplog):
+    def fail(task):
+        raise OperationalError("too many")
+
+    engine = type(modelqueue.engines.engine_for("default"))
+    monkeypatch.setattr(engine, "connections_in_use", lambda self: (300, 300))
+    declare(Task, "status", name="tasks", retry=0)(fail)
+    Task.objects.bulk_create([Task(), Task()])
+    start("tasks")
+    wait_until(lambda: Task.objects.filter(status__state="canceled").count() == 2)
+    assert caplog.text.count("has 300 connections of the 300 that it allows") == 1
+
+
+def test_server_tells_its_connections(vendor):
+    found = modelqueue.engines.engine_for("default").connections_in_use()
+    if vendor == "sqlite":
+        assert found is None
+    else:
+        assert 0 < found[0] <= found[1]
+
+
+# Leases
+
+
+def test_async_action_whose_lease_is_lost_is_canceled(start, monkeypatch):
+    monkeypatch.setattr(leases, "_SHARE", 30)
+    errand = make("sleep 60", status=NOT_TO_DO, review_status=Status.waiting(0))
+    process = start("testapp.review")
+    wait_until(lambda: stored(errand, "review_status").state == State.working)
+    Errand.objects.update(review_status=Status.canceled(5))
+    wait_until(lambda: process.ended() == {"release": 1})
+    assert stored(errand, "review_status") == Status.canceled(5)
+
+
+@pytest.mark.db_feature("has_select_for_update")
+def test_process_that_stops_while_it_writes_an_outcome_writes_it(start):
+    errand = make("doze 0.2")
+    process = start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.working)
+    with transaction.atomic():
+        Errand.objects.select_for_update().get()
+        time.sleep(0.5)
+        process.pipe.send(("stop", 10.0))
+        time.sleep(0.3)
+        assert process.thread.is_alive()
+    process.thread.join(30)
+    assert (stored(errand).state, stored(errand).attempts) == (State.finished, 1)
+
+
+def test_threads_close_their_connections_when_idle(start, monkeypatch):
+    monkeypatch.setattr("modelqueue.worker.threads._IDLE", 0.05)
+    closed = threading.Event()
+    make()
+    start("testapp.do_errand")
+    kind = type(connections["default"])
+    close = kind.close_if_unusable_or_obsolete
+
+    def note(self):
+        closed.set()
+        close(self)
+
+    monkeypatch.setattr(kind, "close_if_unusable_or_obsolete", note)
+    assert closed.wait(10)
