@@ -41,7 +41,7 @@ def environment(databases: dict[str, Any] | None = None) -> dict[str, str]:
     return inherited | {
         "DJANGO_SETTINGS_MODULE": "tests.settings",
         "MODELQUEUE_TEST_DATABASES": json.dumps(databases, default=str),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
     }
 
 

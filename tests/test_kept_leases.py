@@ -202,7 +202,7 @@ def test_inside_a_transaction_of_the_caller_nothing_is_renewed():
 def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, monkeypatch):
     monkeypatch.setattr(leases, "_LINGER", 0.05)
     own = Keeper()
-    monkeypatch.setattr(modelqueue.execution, "keeper", own)
+    monkeypatch.setattr(modelqueue.execution, "keeper_for", lambda using: own)
     made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
     Task.objects.bulk_create([Task(), Task()])
     for _ in range(2):

@@ -119,8 +119,12 @@ class Attempt(Generic[M]):
 
     def process(self, action: Callable[[M], object]) -> Outcome:
         """Act, decide, record and tell; return the outcome, whatever it is."""
-        error = self.claim.error if self.task is None else self.act(action, self.task)
-        return self.record(self.decide(error))
+        try:
+            error = self.claim.error if self.task is None else self.act(action, self.task)
+            return self.record(self.decide(error))
+        finally:
+            if self.renewal is not None:
+                self.renewal.end()
 
     # Act
 
@@ -157,6 +161,8 @@ class Attempt(Generic[M]):
     def settle(self, error: BaseException | None) -> Outcome:
         """Take the steps after the action, in whatever thread this is; return the outcome."""
         self.engine = engine_for(self.source.using)
+        if self.renewal is not None:  # before anything can fail, and before the lease is read
+            self.renewal.end()
         return self.record(self.decide(error))
 
     def close(self) -> None:
@@ -420,6 +426,15 @@ class AsyncAttempt(Attempt[M]):
         self, action: Callable[[M], object], is_async: bool, canceled: asyncio.CancelledError | None
     ) -> M | None:
         """Take the other steps; return the task, or raise what its attempt ended with."""
+        try:
+            return await self._arun(action, is_async, canceled)
+        finally:
+            if self.renewal is not None:
+                self.renewal.end()
+
+    async def _arun(
+        self, action: Callable[[M], object], is_async: bool, canceled: asyncio.CancelledError | None
+    ) -> M | None:
         error = canceled or self.error
         if error is None and self.task is not None:
             act = self.await_action if is_async else self.call_action

@@ -22,7 +22,7 @@ from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt, running
 from modelqueue.backoff import Delay
 from modelqueue.engines import Claim
 from modelqueue.fields import declared_on
-from modelqueue.leases import keeper
+from modelqueue.leases import keeper_for
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS
@@ -126,7 +126,7 @@ class Work(Generic[M]):
         attempt.queue = self.queue
         # One in a transaction nobody else can see, and with atomic=True the lock of the row is the lease.
         if self.policy.lease is not None and not self.atomic and not attempt.is_outer:
-            attempt.renewal = keeper.hold(attempt, self.policy.lease.total_seconds())
+            attempt.renewal = keeper_for(self.source.using).hold(attempt, self.policy.lease.total_seconds())
 
 
 def run_next(work: Work[M]) -> M | None:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from django.db import connections
@@ -21,7 +22,7 @@ from modelqueue import verbs
 from modelqueue.attempts import Attempt
 from modelqueue.source import Source
 
-__all__ = ["Keeper", "Lease", "keeper"]
+__all__ = ["Keeper", "Lease", "keeper_for"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -29,6 +30,8 @@ logger = logging.getLogger("modelqueue")
 _SHARE = 3
 #: Seconds after which a renewal is tried again of rows that are locked, or when the database is away.
 _SOON = 1.0
+#: Seconds that who wants a renewal at once waits for it.
+_PATIENCE = 5.0
 #: Seconds for which the thread waits for a next lease, as to start one takes longer than a short task.
 _LINGER = 5.0
 
@@ -42,6 +45,8 @@ class _Group:
         self.lock = threading.Lock()
         self.held: dict[Any, Lease] = {}
         self.due = 0.0
+        #: How often it was done.
+        self.times = 0
 
     def __str__(self) -> str:
         return f"{self.source.model._meta.label}.{self.source.field.name}"
@@ -57,33 +62,39 @@ class _Group:
             renewal = verbs.renew(self.source, leases)
             for key in renewal.lost:
                 self.held.pop(key).lose()
-            for key in renewal.renewed:
-                self.held[key].until = began + self.seconds
+            self.times += 1
             self.due = began + (_SOON if renewal.locked else self.seconds / _SHARE)
 
 
 class Lease:
     """That of one attempt, from the claim until its outcome is about to be written."""
 
-    def __init__(self, attempt: Attempt[Any], group: _Group, on_loss: Callable[[], None] | None) -> None:
+    def __init__(
+        self, attempt: Attempt[Any], keeper: Keeper, group: _Group, on_loss: Callable[[], None] | None
+    ) -> None:
         self.attempt = attempt
-        self.until = time.monotonic() + group.seconds
+        self._keeper = keeper
         self._group = group
         self._on_loss = on_loss
 
     def end(self) -> None:
         """Renew it no more; waits for a renewal that is under way."""
+        key = self.attempt.claim.row.key
         with self._group.lock:
-            self._group.held.pop(self.attempt.claim.row.key, None)
+            if self._group.held.get(key) is self:  # and not a later attempt on the same row
+                del self._group.held[key]
 
     def resume(self) -> None:
         """Renew it again: its outcome could not be written yet."""
         with self._group.lock:
-            self._group.held[self.attempt.claim.row.key] = self
+            self._group.held.setdefault(self.attempt.claim.row.key, self)
 
     def renew(self) -> bool:
-        """Renew it now, with those that are renewed together with it; return whether it is still held."""
-        self._group.renew()
+        """Have it renewed at once, with those that are renewed together with it; return whether it is held.
+
+        By the keeper, not by this thread: in a transaction of the action it would be rolled back with it.
+        """
+        self._keeper.renew_now(self._group)
         return self.attempt.is_held
 
     def lose(self) -> None:
@@ -99,7 +110,10 @@ class Lease:
 
 
 class Keeper:
-    """Renews the leases of this process. Its thread begins with the first lease and ends after the last."""
+    """Renews the leases of this process on one database, lest one that does not answer costs those of others.
+
+    Its thread begins with the first lease and ends after the last.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[Any, ...], _Group] = {}
@@ -119,18 +133,27 @@ class Keeper:
             group = self._groups.get(key)
             if group is None:
                 group = self._groups[key] = _Group(source, seconds)
-        lease = Lease(attempt, group, on_loss)
+        lease = Lease(attempt, self, group, on_loss)
         with group.lock:
             if not group.held:
                 group.due = time.monotonic() + seconds / _SHARE
             group.held[attempt.claim.row.key] = lease
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
+                thread.start()
+                self._thread = thread
             else:
                 self._changed.notify()
         return lease
+
+    def renew_now(self, group: _Group) -> None:
+        """Renew the leases of a group, and wait until that is done, or has failed."""
+        times = group.times
+        with self._changed:
+            group.due = 0.0
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: group.times > times or not group.held, _PATIENCE)
 
     def _work(self) -> None:
         while self._wait():
@@ -141,8 +164,11 @@ class Keeper:
                     logger.warning("Leases of %s can not be renewed: %s", group, error)
                 except Exception:
                     logger.exception("Leases of %s can not be renewed.", group)
-            # There is nothing to do for long, and who drops a test database must not meet a session.
-            connections.close_all()
+            with suppress(Exception):
+                # There is nothing to do for long, and who drops a test database must not meet a session.
+                connections.close_all()
+            with self._changed:
+                self._changed.notify_all()
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
@@ -166,5 +192,11 @@ class Keeper:
         return [group for group in groups if group.held and time.monotonic() >= group.due]
 
 
-#: That of this process.
-keeper = Keeper()
+_keepers: dict[str, Keeper] = {}
+_making = threading.Lock()
+
+
+def keeper_for(using: str) -> Keeper:
+    """Return that of this process for a database alias."""
+    with _making:
+        return _keepers.setdefault(using, Keeper())

@@ -192,11 +192,14 @@ class Queue(Generic[M]):
 
         Give each back with `release`, or set its status by `QuerySet.update`, filtered by the claimed one.
         """
-        claims = verbs.claim(self.source(), limit)
-        for claim in claims:
-            if claim.task is not None:
-                claim.task.__dict__[_CLAIM] = claim
-        return [claim.task for claim in claims if claim.task is not None]
+        source, tasks = self.source(), list[M]()
+        for claim in verbs.claim(source, limit):
+            if claim.task is None:  # the row can not be made into an instance
+                Attempt(source, self.policy, claim).settle(claim.error)
+                continue
+            claim.task.__dict__[_CLAIM] = claim
+            tasks.append(claim.task)
+        return tasks
 
     def release(self, task: M) -> bool:
         """Give a task of `claim` back uncharged; return whether it was still ours.
@@ -204,10 +207,12 @@ class Queue(Generic[M]):
         Raises:
             ValueError: the instance does not come from `claim`.
         """
-        claim: Claim[M] | None = task.__dict__.pop(_CLAIM, None)
+        claim: Claim[M] | None = task.__dict__.get(_CLAIM)
         if claim is None:
             raise ValueError(f"{task!r} was not claimed by Queue.claim(), or is given back already.")
-        return verbs.release(self.source(), claim.row, {claim.lease})
+        was_ours = verbs.release(self.source(), claim.row, {claim.lease})
+        del task.__dict__[_CLAIM]
+        return was_ours
 
     def tally(self) -> dict[str, int]:
         """Count the tasks by state, see `Status.tally`."""
@@ -304,7 +309,7 @@ def discover() -> None:
 
 def _register(declared: Queue[Any]) -> None:
     known = _declared.get(declared.name)
-    if known is not None and known.where != declared.where:
+    if known is not None and (known.where != declared.where or known.field is not declared.field):
         raise ValueError(
             f"There are two queues of the name {declared.name!r}: at {known.where} and at {declared.where}. "
             "Give one of them another with name=..."

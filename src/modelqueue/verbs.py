@@ -95,7 +95,10 @@ def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
         Whether it was still ours.
     """
     latest = priority_to_datetime(max(leases).priority)
+    deadline = time.monotonic() + 1.0
     while latest is not None and row.status.priority < max(leases).priority and now() < latest:
+        if time.monotonic() > deadline:  # the clock was set back: left to its recovery
+            return False
         time.sleep(0.0005)  # so that its next claim gets another lease
     engine = engine_for(source.using)
     return engine.patiently(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
+import subprocess
 import time
 
 import modelqueue
@@ -29,6 +30,10 @@ def do_errand(errand):
         until = time.monotonic() + float(argument)
         while time.monotonic() < until:
             time.sleep(0.01)
+    if word == "terminate":
+        started = subprocess.Popen(["sleep", "30"])
+        started.terminate()
+        word = f"terminated by {-started.wait()}"
     if word == "review":
         errand.review_status = Status.waiting()
     errand.log = [*errand.log, word or "done"]

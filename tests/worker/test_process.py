@@ -1,6 +1,7 @@
 """One process of a worker, run in threads of the test: what it does with the database away, with rows that do
 not load, with each message of its supervisor."""
 
+import asyncio
 import logging
 import multiprocessing
 import threading
@@ -12,8 +13,8 @@ from django.db import OperationalError, connections, transaction
 import modelqueue
 from modelqueue import State, Status, leases, verbs
 from modelqueue.attempts import Attempt
-from modelqueue.worker import claimer
 from modelqueue.worker import process as process_module
+from modelqueue.worker import threads
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from tests.actions import stored, unexpected
@@ -78,7 +79,7 @@ def start(monkeypatch):
     for one in started:
         if one.thread.is_alive():
             one.stop(0.0)
-    leases.keeper._groups.clear()
+    leases._keepers.clear()
 
 
 def make(title="", **options):
@@ -123,8 +124,8 @@ def test_process_says_how_many_tasks_it_runs(start):
     make("doze 1")
     process = start("testapp.do_errand")
     wait_until(lambda: do_errand.tally()["working"] == 1)
-    process.pipe.send(("ping", 7))
-    assert process.wait_for("pong") == (7, 1)
+    process.pipe.send(("due", []))
+    assert process.wait_for("answer") == (1,)
 
 
 def test_async_task_is_run_and_its_failure_recorded(start, declare):
@@ -284,21 +285,6 @@ def test_claim_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, c
     wait_until(lambda: stored(errand).state == State.finished)
 
 
-def test_who_was_cut_off_recovers_nothing_until_all_have_had_time_to_renew(start, monkeypatch):
-    monkeypatch.setattr(verbs, "claim", failing(1, verbs.claim))
-    errand = make(status=Status.working(5))
-    process = start("testapp.do_errand")
-    other = make()
-    wait_until(lambda: stored(other).state == State.finished)
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    time.sleep(0.3)
-    assert stored(errand).state == State.working
-    now = time.monotonic()
-    monkeypatch.setattr(claimer.time, "monotonic", lambda: now + do_errand.lease.total_seconds() + 1)
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    wait_until(lambda: stored(errand).state == State.waiting)
-
-
 @pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
 def test_recovery_that_fails_stops_nothing(error, start, monkeypatch):
     calls = []
@@ -331,6 +317,44 @@ def test_server_tells_its_connections(vendor):
         assert found is None
     else:
         assert 0 < found[0] <= found[1]
+
+
+def test_coroutine_that_is_canceled_by_itself_has_failed(start, declare):
+    """Given back uncharged it would be the next one again, and again."""
+
+    async def cancel_itself(task):
+        raise asyncio.CancelledError
+
+    declare(Task, "status", name="tasks", retry=0)(cancel_itself)
+    task = Task.objects.create()
+    start("tasks")
+    wait_until(lambda: stored(task).state == State.canceled)
+
+
+def test_task_that_can_not_be_begun_is_given_back(start, monkeypatch, caplog):
+    submit = failing(1, threads.Threads.submit, RuntimeError("can't start new thread"))
+    monkeypatch.setattr(threads.Threads, "submit", submit)
+    errand = make(status=Status.waiting(5))
+    process = start("testapp.do_errand")
+    wait_until(lambda: process.ended() == {"release": 1})
+    assert stored(errand) == Status.waiting(5)
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_system_exit_of_a_hook_stops_nothing(start, monkeypatch):
+    monkeypatch.setattr(Attempt, "settle", failing(1, Attempt.settle, SystemExit()))
+    for _ in range(2):
+        make()
+    process = start("testapp.do_errand", threads=1)
+    wait_until(lambda: process.ended() == {"lost": 1, "finish": 1})
+
+
+@pytest.mark.parametrize("part", ["claimer", "completer"])
+def test_process_one_part_of_which_is_dead_ends(part, start, monkeypatch):
+    process = start("testapp.do_errand")
+    monkeypatch.setattr(type(getattr(process._process, f"_{part}")), "is_alive", False)
+    wait_until(lambda: start.exits[:1] == [1])
 
 
 # Leases

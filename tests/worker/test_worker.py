@@ -4,8 +4,10 @@ import os
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 
 import pytest
+from django.db import OperationalError, connection
 
 from modelqueue import State, Status
 from tests.actions import row, stored
@@ -173,6 +175,81 @@ def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):
     wait_until(lambda: stored(errand).state == State.finished)
     wait_until(is_gone(worker))
     assert (stored(errand).attempts, runs(errand)) == (1, 1)
+
+
+def test_signal_to_the_whole_group_is_as_one_to_the_supervisor(workers):
+    """As service managers and terminals do it. The fork server must outlive the processes."""
+    (errand,) = make("doze 1.5")
+    worker = workers.start("--processes", 2, "--grace", 20)
+    wait_until(is_running(errand))
+    os.killpg(worker.pid, signal.SIGTERM)
+    assert worker.process.wait(30) == 0
+    assert (stored(errand).state, runs(errand)) == (State.finished, 1)
+    wait_until(is_gone(worker))
+
+
+def test_process_that_hangs_holds_up_neither_the_others_nor_the_stop(workers):
+    (errand,) = make("sleep 60")
+    worker = workers.start("--processes", 2, "--threads", 1, "--grace", 0.5)
+    wait_until(is_running(errand))
+    hung = int(Ledger.objects.get().worker)
+    os.kill(hung, signal.SIGSTOP)
+    later = make(*[""] * 30)
+    wait_until(lambda: all(stored(one).state == State.finished for one in later))
+    code, seconds = worker.stop()
+    assert code == 0
+    assert seconds < 10
+    assert "does not stop and is killed" in worker.output
+    wait_until(is_gone(worker))
+
+
+def test_program_that_an_action_starts_can_be_terminated(workers):
+    (errand,) = make("terminate")
+    workers.start()
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert row(errand).log == ["terminated by 15"]
+
+
+def test_process_that_is_to_be_replaced_lets_its_tasks_end_however_long_they_take(workers):
+    (errand,) = make("doze 3")
+    worker = workers.start("--max-seconds", 1, "--grace", 0.5, "--drain")
+    assert worker.process.wait(30) == 0
+    assert (stored(errand).state, runs(errand)) == (State.finished, 1)
+
+
+def test_worker_that_can_not_write_its_health_file_goes_on(workers, tmp_path):
+    worker = workers.start("--health-file", tmp_path / "nowhere" / "health")
+    (errand,) = make("")
+    wait_until(lambda: stored(errand).state == State.finished)
+    wait_until(lambda: "The health file can not be written" in worker.output)
+    assert worker.stop()[0] == 0
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_worker_whose_sessions_the_server_has_ended_goes_on(workers):
+    (first,) = make("")
+    worker = workers.start()
+    wait_until(lambda: stored(first).state == State.finished)
+    end_other_sessions()
+    wait_until(lambda: "answers again" in worker.output)
+    (second,) = make("")
+    wait_until(lambda: stored(second).state == State.finished)
+
+
+def end_other_sessions():
+    with connection.cursor() as cursor:
+        if connection.vendor == "postgresql":
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid != pg_backend_pid()"
+            )
+            return
+        cursor.execute(
+            "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id != CONNECTION_ID()"
+        )
+        for (number,) in cursor.fetchall():
+            with suppress(OperationalError):  # it has just ended by itself
+                cursor.execute(f"KILL {number}")
 
 
 def test_rolling_restarts_lose_and_charge_nothing(workers):

@@ -196,8 +196,7 @@ class Engine(Session):
             others = rows.exclude(pk__in=list(held)) if len(held) < len(leases) else rows.none()
             locked = {key for key, status in others.values_list("pk", name) if status in leases[key]}
         for key, status in renewed.items():
-            leases[key].clear()
-            leases[key].add(status)
+            leases[key].intersection_update({status})  # in one step, as others may read them meanwhile
         return Renewal(set(held), locked, leases.keys() - held.keys() - locked)
 
     def _stamp(self, rows: models.QuerySet[Any], name: str, stamp: Status) -> None:
@@ -439,8 +438,11 @@ class Engine(Session):
             found = cursor.fetchone()
         return [bool(one) for one in found]
 
-    def clock_offset(self) -> dt.timedelta:
-        """Return by how much the database's clock is ahead of this machine's; zero where it is the same."""
+    def clock_offset(self) -> dt.timedelta | None:
+        """Return by how much the database's clock is ahead of this machine's; zero where it is the same.
+
+        None: the answer took too long to tell.
+        """
         return dt.timedelta()
 
     def longest_wait(self) -> dt.timedelta:

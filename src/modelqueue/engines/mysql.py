@@ -46,7 +46,7 @@ class MySQLEngine(Engine):
             cursor.execute("SELECT @@max_connections")
             return used, int(cursor.fetchone()[0])
 
-    def clock_offset(self) -> dt.timedelta:
+    def clock_offset(self) -> dt.timedelta | None:
         return self._offset_of("SELECT UTC_TIMESTAMP(6)")
 
     def mark(self) -> Place:

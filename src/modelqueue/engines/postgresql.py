@@ -150,8 +150,9 @@ class PostgreSQLEngine(Engine):
             used, most = cursor.fetchone()
         return used, most
 
-    def clock_offset(self) -> dt.timedelta:
-        return self._offset_of("SELECT clock_timestamp()")  # now() is when the transaction began
+    def clock_offset(self) -> dt.timedelta | None:
+        # Not now(), which is when the transaction began; and the same with and without USE_TZ.
+        return self._offset_of("SELECT clock_timestamp() AT TIME ZONE 'UTC'")
 
     def is_aborted(self) -> bool:
         # Django notes the errors of its own atomic() and save() alone, PostgreSQL refuses after any.

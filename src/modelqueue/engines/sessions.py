@@ -30,6 +30,7 @@ T = TypeVar("T")
 #: A session with the database, and the atomic() blocks that are open in it, the outermost first.
 Place = tuple[Any, "list[transaction.Atomic]"]
 
+_LONGEST_ROUND_TRIP = dt.timedelta(seconds=0.2)
 #: Seconds for which "try again" errors are retried.
 PATIENCE = 30.0
 
@@ -187,16 +188,19 @@ class Session:
         """Return how many connections the server has, and may have; None where there is no such limit."""
         return None
 
-    def _offset_of(self, sql: str) -> dt.timedelta:
-        """Return how far the time that a statement gives is ahead of ours in the middle of its round trip."""
+    def _offset_of(self, sql: str) -> dt.timedelta | None:
+        """Return how far the time that a statement gives is ahead of ours in the middle of its round trip.
+
+        None after a long one, of which nobody knows the middle.
+        """
         with self.connection.cursor() as cursor:
             before = dt.datetime.now(dt.timezone.utc)
             cursor.execute(sql)
             moment: dt.datetime = cursor.fetchone()[0]
             after = dt.datetime.now(dt.timezone.utc)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.timezone.utc)
-        return moment - (before + (after - before) / 2)
+        if after - before > _LONGEST_ROUND_TRIP:
+            return None
+        return moment.replace(tzinfo=dt.timezone.utc) - (before + (after - before) / 2)
 
     # Fairness
 

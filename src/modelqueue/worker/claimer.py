@@ -8,20 +8,20 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 from typing import Any
 
 from django.db import connections
 from django.db.utils import Error
 
 from modelqueue import verbs
-from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
+from modelqueue.attempts import AsyncAttempt, AtomicAttempt
 from modelqueue.engines import Claim
-from modelqueue.leases import keeper
+from modelqueue.exceptions import Interrupted
+from modelqueue.leases import keeper_for
 from modelqueue.worker.completer import Completer
 from modelqueue.worker.database_clock import DatabaseClock
 from modelqueue.worker.loop import Loop
-from modelqueue.worker.running import Register
+from modelqueue.worker.running import Register, Running
 from modelqueue.worker.slots import Lane, Slots, Turn
 from modelqueue.worker.threads import Threads
 
@@ -49,6 +49,14 @@ class Claimer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_started(self) -> bool:
+        return self._thread.ident is not None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Claim no more. What is being claimed just now is run."""
         self._is_stopped.set()
@@ -73,7 +81,7 @@ class Claimer:
             if self._clock is None:
                 self._clock = DatabaseClock(lane.queue.using)
             self._clock.follow()
-        except Error:  # which the claim will tell
+        except Exception:  # which the claim will tell
             logger.debug("The clock of the database can not be read.", exc_info=True)
 
     def _claim(self, turn: Turn) -> None:
@@ -90,13 +98,20 @@ class Claimer:
             self._is_stopped.wait(1)
         self._slots.claimed(turn, len(claims))
         for claim in claims:
-            self._begin(lane, lane.queue.attempt(claim, source))
+            running = self._register.add(lane, lane.queue.attempt(claim, source))
+            try:
+                self._begin(lane, running)
+            except Exception as error:  # the system gives no more threads, for example
+                logger.exception("%s can not be begun, and is given back.", running)
+                self._completer.put(running, Interrupted(str(error)))
+                self._is_stopped.wait(1)
 
-    def _begin(self, lane: Lane, attempt: Attempt[Any]) -> None:
-        running = self._register.add(lane, attempt)
+    def _begin(self, lane: Lane, running: Running) -> None:
+        attempt = running.attempt
         if not isinstance(attempt, AtomicAttempt):  # with that the lock of the row is the lease
             lost = (lambda: self._loop.cancel(running)) if lane.is_async else None
-            attempt.renewal = keeper.hold(attempt, lane.queue.lease.total_seconds(), lost)
+            seconds = lane.queue.lease.total_seconds()
+            attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost)
         if not isinstance(attempt, AsyncAttempt):
             self._threads.submit(running)
             return
@@ -107,8 +122,6 @@ class Claimer:
             self._completer.put(running, attempt.error)
 
     def _recover(self, lane: Lane) -> None:
-        if not self._outage.may_recover(lane):
-            return
         try:
             verbs.recover(lane.queue.source(), lane.queue.recovery())
         except Error as away:
@@ -122,15 +135,10 @@ class Claimer:
 
 
 class _Outage:
-    """What is known of the database being away, so that it is told once, and no living worker is robbed.
-
-    After an outage that was longer than the lease all leases have expired, those of the living too: who was
-    cut off recovers nothing until everybody has had the time to renew.
-    """
+    """What is known of the database being away, so that it is told once and asked ever less often."""
 
     def __init__(self) -> None:
         self._pause: dict[str, float] = {}
-        self._recover_from: dict[str, float] = {}
 
     def begun(self, lane: Lane, error: Error) -> float:
         """Note that the database did not answer; return for how many seconds to wait."""
@@ -147,8 +155,3 @@ class _Outage:
         name = lane.queue.name
         if self._pause.pop(name, None) is not None:
             logger.warning("%s: the database answers again.", name)
-            self._recover_from[name] = time.monotonic() + lane.queue.lease.total_seconds()
-
-    def may_recover(self, lane: Lane) -> bool:
-        name = lane.queue.name
-        return name not in self._pause and time.monotonic() >= self._recover_from.get(name, 0.0)

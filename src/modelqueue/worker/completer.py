@@ -38,6 +38,10 @@ class Completer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
         self._ended.put((running, error))
@@ -65,15 +69,21 @@ class Completer:
                 self._resume(running)
                 time.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
-            except Exception:
+            except BaseException:  # SystemExit of a hook, for example
                 logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
                 self._register.end(running, "lost")
                 return
             else:
-                self._advise(running, outcome)
-                running.attempt.engine.give_way()
                 self._register.end(running, outcome.ending)
+                self._look_around(running, outcome)
                 return
+
+    def _look_around(self, running: Running, outcome: Outcome) -> None:
+        try:
+            self._advise(running, outcome)
+            running.attempt.engine.give_way()
+        except Exception:
+            logger.exception("After a task")
 
     def _advise(self, running: Running, outcome: Outcome) -> None:
         """Say what to set when an action has failed because the server has no more connections."""

@@ -22,14 +22,16 @@ class DatabaseClock:
     """The clock of one database, that this process follows from the first look on."""
 
     def __init__(self, using: str) -> None:
-        self._using = using
+        self.using = using
         self._next = 0.0
 
     def follow(self) -> None:
         """Set the clock of this process by that of the database, if the last time was long ago."""
         if time.monotonic() < self._next:
             return
-        offset = engine_for(self._using).clock_offset()
+        offset = engine_for(self.using).clock_offset()
+        if offset is None:  # next time, perhaps
+            return
         self._next = time.monotonic() + _INTERVAL
         seconds = offset.total_seconds()
         if abs(seconds) >= _LARGE:
@@ -38,6 +40,6 @@ class DatabaseClock:
                 "Keep the clocks synchronized.",
                 abs(seconds),
                 "behind" if seconds > 0 else "ahead of",
-                self._using,
+                self.using,
             )
         clock.shift(offset if abs(seconds) >= _SMALL else offset * 0)

@@ -20,6 +20,8 @@ class Loop:
         self._completer = completer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[Running, asyncio.Task[None]] = {}
+        #: Whom we have canceled: else it was the action itself, and that is a failure.
+        self._canceled: set[Running] = set()
 
     def submit(self, running: Running) -> None:
         """Run the action of a claimed task."""
@@ -50,11 +52,12 @@ class Loop:
     def _cancel(self, running: Running) -> None:
         task = self._tasks.get(running)
         if task is not None:
+            self._canceled.add(running)
             task.cancel()
 
     def _cancel_all(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
+        for running in list(self._tasks):
+            self._cancel(running)
 
     async def _run(self, running: Running) -> None:
         attempt = cast("AsyncAttempt[Any]", running.attempt)
@@ -64,5 +67,9 @@ class Loop:
             error = error or canceled
         except BaseException as unexpected:
             error = unexpected
+        if isinstance(error, asyncio.CancelledError) and running not in self._canceled:
+            wrong = RuntimeError("The action was canceled, by itself or by what it awaited.")
+            wrong.__cause__, error = error, wrong
+        self._canceled.discard(running)
         self._tasks.pop(running, None)
         self._completer.put(running, error)

@@ -6,22 +6,24 @@ queues and processes it has, and one when it was idle for long.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from django.db import connections
-from django.db.utils import Error
+from django.db.utils import InterfaceError, OperationalError
 
 from modelqueue import clock
 from modelqueue.engines import engine_for
 from modelqueue.queues import Queue
 from modelqueue.worker.database_clock import DatabaseClock
 
-__all__ = ["Found", "Prober"]
+__all__ = ["Found", "Outage", "Prober"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -41,13 +43,20 @@ class Prober:
         self._found = found
         self._again = threading.Event()
         self._is_stopped = False
-        self._is_away = False
+        self._outages: dict[str, Outage] = {}
+        #: Queues that can not be looked at, which was told already.
+        self._left_out: set[str] = set()
         self._active_until = time.monotonic() + _LATELY
-        self._clock = DatabaseClock(queues[0].using)
+        #: That of the first database: a process has one clock.
+        self._clock: DatabaseClock | None = None
         self._thread = threading.Thread(target=self._work, name="modelqueue-prober", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def look_again(self) -> None:
         """There was work a moment ago: look often."""
@@ -71,32 +80,109 @@ class Prober:
             connections.close_all()
 
     def _look(self) -> list[str]:
-        try:
-            self._clock.follow()
-            due, expired = self.look()
-        except Error as away:
-            if not self._is_away:
-                logger.warning("The database does not answer, trying again: %s", away)
-            self._is_away = True
-            self._found(None, [])
-            return []
-        if self._is_away:
-            logger.warning("The database answers again.")
-        self._is_away = False
-        self._found(due, expired)
+        """Look at each database, and pass on what was found; return the names of queues with due tasks."""
+        due, expired, is_known = list[str](), list[str](), True
+        for using, queues in self._by_database().items():
+            outage = self._outages.setdefault(using, Outage(using))
+            try:
+                if self._clock is None:
+                    self._clock = DatabaseClock(using)
+                if using == self._clock.using:
+                    self._clock.follow()
+                found = self._look_at(using, queues)
+            except Exception as away:
+                outage.begun(away)
+                is_known = False
+                continue
+            outage.ended(max(queue.lease for queue in queues))
+            due += found[0]
+            if not outage.is_too_fresh_to_recover:
+                expired += found[1]
+        self._found(due if is_known or due else None, expired)
         return due
 
     def look(self) -> tuple[list[str], list[str]]:
-        """Return the names of the queues that have due tasks, and of those that have abandoned ones."""
+        """Return the names of the queues that have due tasks, and of those that have abandoned ones.
+
+        Raises:
+            django.db.Error: a database does not answer.
+        """
         due, expired = list[str](), list[str]()
-        moment = clock.now()
-        for using in {queue.using for queue in self._queues}:
-            queues = [queue for queue in self._queues if queue.using == using]
-            rows = [queue.source().due(moment) for queue in queues]
-            with_cutoff = [(queue, queue.recovery().cutoff(moment)) for queue in queues]
-            owners = [(queue, cutoff) for queue, cutoff in with_cutoff if cutoff is not None]
-            rows += [queue.source().expired(cutoff) for queue, cutoff in owners]
-            answers = iter(engine_for(using).probe(rows))
-            due += [queue.name for queue in queues if next(answers)]
-            expired += [queue.name for queue, _ in owners if next(answers)]
+        for using, queues in self._by_database().items():
+            found = self._look_at(using, queues)
+            due += found[0]
+            expired += found[1]
         return due, expired
+
+    def _by_database(self) -> dict[str, list[Queue[Any]]]:
+        by_database: dict[str, list[Queue[Any]]] = {}
+        for queue in self._queues:
+            try:
+                by_database.setdefault(queue.using, []).append(queue)
+            except Exception as error:  # of the callable that makes its queryset
+                self._leave_out(queue, error)
+            else:
+                self._left_out.discard(queue.name)
+        return by_database
+
+    def _leave_out(self, queue: Queue[Any], error: Exception) -> None:
+        if queue.name not in self._left_out:
+            logger.error(
+                "%s: its tasks can not be looked for; other queues go on.", queue.name, exc_info=error
+            )
+        self._left_out.add(queue.name)
+
+    def _look_at(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
+        try:
+            return self._probe(using, queues)
+        except (InterfaceError, OperationalError):
+            with suppress(Exception):  # so that the next look opens another connection
+                connections[using].close()
+            raise
+        except Exception as error:  # of a single queue: its table is missing, perhaps
+            if len(queues) == 1:
+                self._leave_out(queues[0], error)
+                return [], []
+            found = [self._look_at(using, [queue]) for queue in queues]
+            return [name for due, _ in found for name in due], [name for _, old in found for name in old]
+
+    def _probe(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
+        moment = clock.now()
+        questions: list[tuple[str, bool, Any]] = []
+        for queue in queues:
+            source, cutoff = queue.source(), queue.recovery().cutoff(moment)
+            questions.append((queue.name, False, source.due(moment)))
+            if cutoff is not None:
+                questions.append((queue.name, True, source.expired(cutoff)))
+        answers = engine_for(using).probe([rows for _, _, rows in questions])
+        found = [one for one, answer in zip(questions, answers, strict=True) if answer]
+        due = [name for name, is_expired, _ in found if not is_expired]
+        return due, [name for name, is_expired, _ in found if is_expired]
+
+
+class Outage:
+    """What is known of a database being away, so that it is told once, and no living worker is robbed.
+
+    After an outage that was longer than the lease all leases have expired, those of the living too: who was
+    cut off has nothing recovered until everybody has had the time to renew.
+    """
+
+    def __init__(self, using: str) -> None:
+        self._using = using
+        self._is_away = False
+        self._recover_from = 0.0
+
+    def begun(self, error: Exception) -> None:
+        if not self._is_away:
+            logger.warning("The database %r does not answer, trying again: %s", self._using, error)
+        self._is_away = True
+
+    def ended(self, lease: dt.timedelta) -> None:
+        if self._is_away:
+            logger.warning("The database %r answers again.", self._using)
+            self._recover_from = time.monotonic() + lease.total_seconds()
+        self._is_away = False
+
+    @property
+    def is_too_fresh_to_recover(self) -> bool:
+        return time.monotonic() < self._recover_from

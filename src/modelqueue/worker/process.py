@@ -7,6 +7,7 @@ order.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from contextlib import suppress
@@ -23,7 +24,7 @@ from modelqueue.worker.loop import Loop
 from modelqueue.worker.options import Options
 from modelqueue.worker.running import Register
 from modelqueue.worker.slots import Lane, Slots
-from modelqueue.worker.system import ignore_stop_signals, memory
+from modelqueue.worker.system import leave_stop_signals_to_the_supervisor, memory
 from modelqueue.worker.threads import Threads
 
 __all__ = ["main"]
@@ -38,7 +39,7 @@ _LAST_MOMENTS = 1.0
 
 def main(options: Options, pipe: Connection[Any, Any]) -> None:
     """Be a process of a worker, until its end."""
-    ignore_stop_signals()
+    leave_stop_signals_to_the_supervisor()
     if not apps.ready:
         django.setup()
     Process(options, pipe).run()
@@ -61,16 +62,27 @@ class Process:
         """Seconds in which to stop; None: not yet."""
 
     def run(self) -> None:
-        self._completer.start()
-        self._claimer.start()
-        self._send("ready")
+        self._receive(0)  # perhaps it is to stop already
+        if self._grace is None:
+            self._completer.start()
+            self._claimer.start()
+            self._send("ready")
         while self._grace is None:
             self._receive(_TICK)
             self._report()
+            self._end_if_broken()
             if self._grace is None and (reason := self._reason_to_be_replaced()):
                 self._send("full", reason)
-                self._grace = self._options.grace
-        self._stop()
+                self._grace = math.inf  # what it runs may end, however long it takes
+        if self._claimer.is_started:
+            self._stop()
+
+    def _end_if_broken(self) -> None:
+        """End, to be replaced, rather than go on with a part of it dead: its tasks are recovered."""
+        if not (self._claimer.is_alive and self._completer.is_alive):
+            logger.critical("A thread of this process has died by a fault of its own: to be replaced.")
+            logging.shutdown()
+            os._exit(1)
 
     # Messages
 
@@ -89,10 +101,9 @@ class Process:
             self._slots.want(*arguments)
         elif message == "recover":
             self._slots.recover(*arguments)
-        elif message == "ping":
-            self._send("pong", arguments[0], self._slots.running)
         elif message == "stop":
             (self._grace,) = arguments
+        self._send("answer", self._slots.running)
 
     def _send(self, *message: Any) -> None:
         with suppress(OSError):  # the supervisor is gone, which `_receive` finds out
@@ -118,7 +129,7 @@ class Process:
         """Finish what runs within the grace time, then interrupt it; what does not end is left."""
         self._claimer.stop()
         began = time.monotonic()
-        while not self._register.wait_for_all(_TICK) and time.monotonic() - began < (self._grace or 0.0):
+        while not self._has_ended() and time.monotonic() - began < (self._grace or 0.0):
             self._receive(0)
             self._report()
         self._claimer.join(_LAST_MOMENTS)  # it may have claimed in the last moment
@@ -132,3 +143,7 @@ class Process:
             logging.shutdown()
             os._exit(0)  # with its actions, which nothing else ends
         self._threads.stop()
+
+    def _has_ended(self) -> bool:
+        """Wait a moment; return whether nothing is being claimed or run any more."""
+        return not self._claimer.is_alive and self._register.wait_for_all(_TICK)

@@ -6,9 +6,12 @@ on.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,12 +28,18 @@ from modelqueue.worker import process
 from modelqueue.worker.options import Options
 from modelqueue.worker.prober import Prober
 from modelqueue.worker.running import Left
-from modelqueue.worker.system import context, describe_exit, on_stop_signals
+from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, start_fork_server
 
 __all__ = ["Supervisor"]
 
 logger = logging.getLogger("modelqueue")
 
+#: Messages to a process that it has not answered; more are not sent.
+_MOST_UNANSWERED = 8
+#: What multiprocessing takes for the exit code when nobody could tell it.
+_FORK_SERVER_DIED = 255
+#: Seconds for which tasks that were left are given back; what is locked for longer is recovered.
+_LONGEST_GIVE_BACK = 5.0
 #: Seconds that the loop waits at most for something to happen.
 _TICK = 0.5
 #: Seconds beyond the grace time after which a process that has not ended is killed.
@@ -39,6 +48,8 @@ _EXTRA = 4.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 #: Seconds after which a process counts as sound, so that its death is the first one again.
 _SOUND = 60.0
+#: Seconds without a look of the prober after which the worker is not well.
+_LONGEST_SILENCE = 30.0
 
 
 class Child:
@@ -58,12 +69,43 @@ class Child:
         self.reason: str | None = None
         self.left: list[Left] = []
         self.kill_at: float | None = None
+        #: How many slots are taken, as it said last.
+        self.running = 0
+        self._unanswered = 0
 
     def send(self, *message: Any) -> None:
+        """Send a message, unless it has not taken the last ones: nobody waits for a process that hangs."""
+        if self._unanswered >= _MOST_UNANSWERED:
+            return
+        self._unanswered += 1
         try:
             self.pipe.send(message)
         except OSError:  # it has died, which its sentinel tells
             logger.debug("Process %s does not listen.", self.pid)
+
+    def stop(self, grace: float) -> None:
+        """Tell it to stop; whatever it does, it is killed some time after the grace."""
+        self._unanswered = min(self._unanswered, _MOST_UNANSWERED - 1)
+        if not self.is_stopping or grace == 0.0:
+            self.send("stop", grace)
+        kill_at = time.monotonic() + grace + _EXTRA
+        self.kill_at = min(kill_at, self.kill_at or kill_at)
+        self.is_stopping = True
+
+    def answered(self, running: int) -> None:
+        self._unanswered -= 1
+        self.running = running
+
+    @property
+    def has_ended(self) -> bool:
+        """Say whether it is dead, for sure: one whose fork server has died only looks so."""
+        if self.process.exitcode is None:
+            return False
+        return self.process.exitcode != _FORK_SERVER_DIED or self.pid is None or not is_alive(self.pid)
+
+    def kill(self) -> None:
+        if self.pid is not None and is_alive(self.pid):
+            self.process.kill() if self.process.exitcode is None else os.kill(self.pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -100,7 +142,11 @@ class Supervisor:
         self._deaths = 0
         self._start_at = 0.0
         self._turn = 0
-        self._ping: _Ping | None = None
+        self._is_stopping_now = False
+        self._looked_at = 0.0
+        #: Since which look nothing is due and no process is at work, and before when that means nothing.
+        self._idle_since: int | None = None
+        self._drained_from = 0.0
         self._health_at = 0.0
 
     def run(self, handle_signals: bool = True) -> int:
@@ -109,8 +155,10 @@ class Supervisor:
         Args:
             handle_signals: whether SIGINT and SIGTERM stop it. For the main thread alone.
         """
+        restore = _nothing
         if handle_signals:
-            on_stop_signals(self.stop)
+            start_fork_server()
+            restore = on_stop_signals(self.stop)
         self._prober.start()
         try:
             while self._stopped_at is None or self._children:
@@ -123,7 +171,8 @@ class Supervisor:
                 self._write_health()
         finally:
             self._prober.stop()
-            self._kill_all()
+            self._end_all()
+            restore()
         code = 0
         if self._options.drain and self._is_anything_due():
             code = 1
@@ -140,8 +189,12 @@ class Supervisor:
     def _start_missing(self) -> None:
         if self._stopped_at is not None or time.monotonic() < self._start_at:
             return
-        while len(self._children) < self._options.processes:
-            self._children.append(Child(self._options))
+        try:
+            while len(self._children) < self._options.processes:
+                self._children.append(Child(self._options))
+        except OSError as error:
+            self._say(f"A process can not be started: {error}.")
+            self._pause()
 
     def _wait(self) -> None:
         """Wait until a process says something or dies, the prober has found something, or a signal came."""
@@ -172,20 +225,21 @@ class Supervisor:
         elif message == "full":
             (child.reason,) = arguments
             child.is_stopping = True
-            child.kill_at = time.monotonic() + self._options.grace + _EXTRA
         elif message == "left":
             (child.left,) = arguments
-        elif message == "pong" and self._ping is not None:
-            self._ping.answer(child, *arguments)
+        elif message == "answer":
+            child.answered(*arguments)
 
     def _bury(self) -> None:
         """Take leave of processes that have ended, and give back what they have left."""
         for child in list(self._children):
-            if child.kill_at is not None and time.monotonic() > child.kill_at and child.process.is_alive():
-                self._tell(f"Process {child.pid} does not stop and is killed.")
-                child.process.kill()
+            if child.kill_at is not None and time.monotonic() > child.kill_at and not child.has_ended:
+                self._say(f"Process {child.pid} does not stop and is killed.")
+                child.kill()
                 child.kill_at = None
-            if child.process.exitcode is None:
+            if not child.has_ended:
+                if child.process.exitcode is not None and child.kill_at is None:
+                    child.stop(self._options.grace)  # nobody would tell of its end
                 continue
             self._receive(child)  # what it said last
             child.process.join()
@@ -193,24 +247,41 @@ class Supervisor:
             self._children.remove(child)
             self._give_back(child.left)
             if child.reason is not None:
-                self._tell(f"Process {child.pid} {child.reason} and is replaced.")
+                self._say(f"Process {child.pid} {child.reason} and is replaced.")
             elif not child.is_stopping:
                 self._note_death(child)
 
     def _note_death(self, child: Child) -> None:
-        self._deaths = 1 if time.monotonic() - child.began > _SOUND else self._deaths + 1
-        pause = min(_FIRST_PAUSE * 2 ** (self._deaths - 1), _LONGEST_PAUSE)
-        self._start_at = time.monotonic() + pause
+        if time.monotonic() - child.began > _SOUND:
+            self._deaths = 0
         how = describe_exit(child.process.exitcode)
         logger.error("Process %s of the worker %s.", child.pid, how)
-        self._tell(f"Process {child.pid} {how}. The next one starts in {pause:.1f} s.")
+        pause = self._pause()
+        # What it held comes back when its leases are over.
+        leases = [queue.recovery().lease or dt.timedelta() for queue in self._queues.values()]
+        self._drained_from = time.monotonic() + max(leases).total_seconds() + 1.0
+        self._say(f"Process {child.pid} {how}. The next one starts in {pause:.1f} s.")
+
+    def _pause(self) -> float:
+        """Put off the start of further processes; return for how many seconds."""
+        self._deaths += 1
+        pause: float = min(_FIRST_PAUSE * 2 ** (self._deaths - 1), _LONGEST_PAUSE)
+        self._start_at = time.monotonic() + pause
+        return pause
 
     def _give_back(self, left: list[Left]) -> None:
+        """Give tasks back whose process is dead; not for longer than a moment, as rows may be locked."""
+        if left:
+            thread = threading.Thread(target=self._release, args=[left], daemon=True)
+            thread.start()
+            thread.join(_LONGEST_GIVE_BACK)
+
+    def _release(self, left: list[Left]) -> None:
         for task in left:
             try:
                 if verbs.release(self._queues[task.queue].source(), task.row, task.leases):
                     logger.warning("%s %s did not end in time: given back.", task.queue, task.row.pk)
-            except Error:
+            except Exception:
                 logger.exception(
                     "%s %s can not be given back; it is recovered later.", task.queue, task.row.pk
                 )
@@ -222,22 +293,33 @@ class Supervisor:
             return
         grace = self._options.grace if self._stops == 1 else 0.0
         if self._stopped_at is None:
-            self._tell("Stopping: running tasks may end." if grace else "Stopping now.")
+            self._say("Stopping: running tasks may end.")
             self._stopped_at = time.monotonic()
             self._prober.stop()
+        if self._stops > 1 and not self._is_stopping_now:
+            self._say("Stopping now.")
+            self._is_stopping_now = True
         for child in self._children:
-            if not child.is_stopping or grace == 0.0:
-                child.send("stop", grace)
-                kill_at = time.monotonic() + grace + _EXTRA
-                child.kill_at = min(kill_at, child.kill_at or kill_at)
-                child.is_stopping = True
-        if grace == 0.0:
-            self._stops = 2
+            if child.reason is not None:  # it is stopping, and may take its time no longer
+                child.is_stopping, child.reason = False, None
+            if child.kill_at is None or grace == 0.0:
+                child.stop(grace)
 
-    def _kill_all(self) -> None:
-        for child in self._children:  # only after an error of our own
-            child.process.kill()
+    def _end_all(self) -> None:
+        """After an error of our own: stop what is left, and leave nothing behind."""
+        for child in self._children:
+            child.stop(0.0)
+        deadline = time.monotonic() + _EXTRA
+        for child in self._children:
+            child.process.join(max(0.0, deadline - time.monotonic()))
+            child.kill()
             child.process.join()
+
+    def _say(self, text: str) -> None:
+        try:
+            self._tell(text)
+        except OSError:  # nobody reads it any more
+            logger.debug(text)
 
     # Work
 
@@ -245,6 +327,7 @@ class Supervisor:
         """The prober has looked; called in its thread."""
         self._due, self._expired = due, expired
         self._looks += 1
+        self._looked_at = time.monotonic()
         self._wake()
 
     def _wake(self) -> None:
@@ -262,23 +345,20 @@ class Supervisor:
         self._told = due
         if self._expired:
             chosen.send("recover", self._expired)
-        if again := [name for name in due if name in told]:
-            for child in ready:
-                child.send("due", again)
-        if fresh := [name for name in due if name not in told]:
-            chosen.send("due", fresh)
+        again = [name for name in due if name in told]
+        for child in ready:
+            child.send("due", due if child is chosen else again)  # also none, as it answers
 
     def _see_whether_drained(self) -> None:
         """Stop when no process is at work, and a look that began after that finds nothing due."""
         if not self._options.drain or self._stopped_at is not None or self._due is None:
             return
-        if self._due or (self._ping is not None and not self._ping.is_idle):
-            self._ping = None
-        elif self._ping is None:
-            self._ping = _Ping(self._looks, self._children)
-        elif self._ping.missing:
-            self._ping.looks = self._looks
-        elif self._looks >= self._ping.looks + 2:
+        is_at_work = any(child.running or not child.is_ready for child in self._children)
+        if self._due or self._expired or is_at_work or time.monotonic() < self._drained_from:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = self._looks
+        elif self._looks >= self._idle_since + 3:
             self._stops = max(self._stops, 1)
             self._stop_if_told()
 
@@ -291,7 +371,8 @@ class Supervisor:
 
     def _write_health(self) -> None:
         path = self._options.health_file
-        if path is None or time.monotonic() < self._health_at or self._due is None:
+        is_well = self._due is not None and time.monotonic() - self._looked_at < _LONGEST_SILENCE
+        if path is None or time.monotonic() < self._health_at or not is_well:
             return
         self._health_at = time.monotonic() + 1.0
         facts = {
@@ -300,22 +381,12 @@ class Supervisor:
             "processes": [child.pid for child in self._children],
         }
         temporary = Path(f"{path}.{os.getpid()}")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(facts))
+            temporary.replace(path)
+        except OSError as error:
+            logger.error("The health file can not be written: %s", error)
 
 
-class _Ping:
-    """A question to all processes whether they are at work."""
-
-    def __init__(self, looks: int, children: list[Child]) -> None:
-        self.looks = looks
-        self.missing = set(children)
-        self.is_idle = True
-        for child in children:
-            child.send("ping", looks)
-        self._number = looks
-
-    def answer(self, child: Child, number: int, running: int) -> None:
-        if number == self._number:
-            self.missing.discard(child)
-            self.is_idle &= running == 0
+def _nothing() -> None:
+    """Restore no signals."""

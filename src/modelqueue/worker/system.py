@@ -10,7 +10,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["context", "describe_exit", "ignore_stop_signals", "interrupt_thread", "memory", "on_stop_signals"]
+__all__ = [
+    "context",
+    "describe_exit",
+    "interrupt_thread",
+    "is_alive",
+    "leave_stop_signals_to_the_supervisor",
+    "memory",
+    "on_stop_signals",
+    "start_fork_server",
+]
 
 #: Those by which a terminal, a supervisor of the system or a container asks a program to stop.
 _STOP = [signal.SIGINT, signal.SIGTERM]
@@ -31,16 +40,49 @@ def context() -> Any:
     return system
 
 
-def on_stop_signals(handler: Callable[[], None]) -> None:
-    """Call a function at each SIGINT and SIGTERM; of the main thread alone."""
-    for number in _STOP:
-        signal.signal(number, lambda *_: handler())
+def on_stop_signals(handler: Callable[[], None]) -> Callable[[], None]:
+    """Call a function at each SIGINT and SIGTERM; of the main thread alone. Return what undoes that."""
+    before = {number: signal.signal(number, lambda *_: handler()) for number in _STOP}
+
+    def restore() -> None:
+        for number, known in before.items():
+            signal.signal(number, known)
+
+    return restore
 
 
-def ignore_stop_signals() -> None:
-    """Leave SIGINT, which a terminal sends to all processes, and SIGTERM to the supervisor."""
+def start_fork_server() -> None:
+    """Start what starts processes, if there is such a thing, deaf to the signals that are for the supervisor.
+
+    A terminal, or the service manager, sends them to all processes of a group. Without its fork server a
+    living process looks dead. Called before `on_stop_signals`, in the main thread.
+    """
+    try:
+        from multiprocessing.forkserver import ensure_running
+    except ImportError:  # Windows
+        return
+    context()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP}
+    ensure_running()
+    for number, known in before.items():
+        signal.signal(number, known)
+
+
+def leave_stop_signals_to_the_supervisor() -> None:
+    """Do nothing at SIGINT and SIGTERM. By a handler: what an action starts would inherit SIG_IGN."""
     for number in _STOP:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether there is a process of this number (which multiprocessing does not know of all)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def describe_exit(code: int | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -39,6 +40,7 @@ class Threads:
         self._lock = threading.Lock()
         self._idle = 0
         self._threads: list[_Thread] = []
+        self._is_interrupted = False
 
     def submit(self, running: Running) -> None:
         """Run the action of a claimed task; there is a free slot for it."""
@@ -53,6 +55,7 @@ class Threads:
 
     def interrupt(self) -> None:
         """Raise `Interrupted` in all actions that are being run."""
+        self._is_interrupted = True
         for thread in self._threads:
             thread.interrupt()
 
@@ -74,7 +77,9 @@ class Threads:
         attempt = running.attempt
         attempt.engine = engine_for(attempt.source.using)  # that of this thread
         try:
-            if isinstance(attempt, AtomicAttempt):
+            if self._is_interrupted:  # before it has begun
+                self._completer.put(running, Interrupted())
+            elif isinstance(attempt, AtomicAttempt):
                 outcome = attempt.process(guard)
                 self._finish(running, outcome.ending)
             elif attempt.task is None:
@@ -84,6 +89,7 @@ class Threads:
         except BaseException:  # of the database, with atomic=True
             logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
             self._finish(running, "lost")
+        _close_old_connections(is_idle=False)
         with self._lock:
             self._idle += 1
 
@@ -124,6 +130,8 @@ class _Thread(threading.Thread):
                 interrupt_thread(self.ident, Interrupted)
 
 
-def _close_old_connections() -> None:
+def _close_old_connections(is_idle: bool = True) -> None:
     for connection in connections.all(initialized_only=True):
-        connection.close_if_unusable_or_obsolete()
+        with suppress(Exception):  # of one that is dead
+            if is_idle or connection.settings_dict["CONN_MAX_AGE"]:
+                connection.close_if_unusable_or_obsolete()

@@ -1,0 +1,233 @@
+"""The prober: what it finds, what it asks the database, and what it does when that, or a queue, fails."""
+
+import time
+
+import pytest
+from django.db import OperationalError, ProgrammingError, connection
+from django.test.utils import CaptureQueriesContext
+
+import modelqueue
+from modelqueue import Status, clock
+from modelqueue.engines import engine_for
+from modelqueue.worker import database_clock, prober
+from modelqueue.worker.database_clock import DatabaseClock
+from modelqueue.worker.prober import Prober
+from tests.actions import SECOND, succeed
+from tests.faults.harm import end_session
+from tests.test_queues import declare
+from tests.testapp.models import Errand, Task
+from tests.testapp.queues import do_errand, review
+
+__all__ = ["declare"]
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_clock():
+    yield
+    clock.shift(0 * SECOND)
+
+
+@pytest.fixture
+def found():
+    return []
+
+
+@pytest.fixture
+def look(found):
+    """Make a prober of some queues; return its look, and what it passes on in `found`."""
+
+    def make(*queues, poll=1.0):
+        one = Prober(list(queues), poll, lambda due, expired: found.append((due, expired)))
+        one._clock = DatabaseClock("default")
+        one._clock._next = time.monotonic() + 60
+        return one
+
+    return make
+
+
+def test_due_and_abandoned_tasks_of_all_queues_are_found_by_one_statement(look, found):
+    Errand.objects.create(review_status=Status.working(5))
+    one = look(do_errand, review)
+    with CaptureQueriesContext(connection) as queries:
+        one._look()
+    assert found == [(["testapp.do_errand"], ["testapp.review"])]
+    assert len(queries) == 1
+
+
+def test_nothing_is_found_where_nothing_is_due(look, found):
+    Errand.objects.create(status=Status.waiting(modelqueue.now() + 60 * SECOND))
+    Errand.objects.create(status=Status.working())
+    look(do_errand, review)._look()
+    assert found == [([], [])]
+
+
+def test_queue_without_rows_is_looked_at(look, found, declare):
+    none = declare(Task.objects.none(), "status", name="none")(succeed)
+    look(none)._look()
+    assert found == [([], [])]
+
+
+def failing(prober, times, error):
+    probe = prober._probe
+
+    def fail(using, queues):
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise error
+        return probe(using, queues)
+
+    prober._probe = fail
+
+
+def test_outage_is_told_once_and_nothing_is_known_meanwhile(look, found, caplog):
+    Errand.objects.create()
+    one = look(do_errand)
+    failing(one, 2, OperationalError("away"))
+    for _ in range(4):
+        one._look()
+    assert [due for due, _ in found] == [None, None, ["testapp.do_errand"], ["testapp.do_errand"]]
+    assert caplog.text.count("does not answer, trying again: away") == 1
+    assert caplog.text.count("answers again") == 1
+
+
+def test_who_was_cut_off_has_nothing_recovered_until_all_have_had_time_to_renew(look, found, monkeypatch):
+    """After an outage longer than the lease those of living workers have expired, too."""
+    Errand.objects.create(status=Status.working(5))
+    one = look(do_errand)
+    one._look()
+    failing(one, 1, OperationalError("away"))
+    one._look()
+    one._look()
+    assert [expired for _, expired in found] == [["testapp.do_errand"], [], []]
+    now = time.monotonic()
+    monkeypatch.setattr(prober.time, "monotonic", lambda: now + do_errand.lease.total_seconds() + 1)
+    one._look()
+    assert found[-1] == ([], ["testapp.do_errand"])
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_session_that_the_server_has_ended_is_replaced(look, found):
+    Errand.objects.create()
+    one = look(do_errand)
+    one._look()
+    end_session(connection)
+    one._look()
+    one._look()
+    assert [due for due, _ in found] == [["testapp.do_errand"], None, ["testapp.do_errand"]]
+
+
+def test_queue_whose_callable_raises_costs_the_others_nothing(look, found, declare, caplog):
+    Errand.objects.create()
+    is_broken = []
+
+    def rows():
+        if is_broken:
+            raise LookupError("broken")
+        return Task.objects.all()
+
+    broken = declare(rows, "status", name="broken")(succeed)
+    is_broken.append(True)
+    Task.objects.create()
+    one = look(broken, do_errand)
+    one._look()
+    one._look()
+    assert found == [(["testapp.do_errand"], [])] * 2
+    assert caplog.text.count("broken: its tasks can not be looked for") == 1
+    is_broken.clear()
+    one._look()
+    assert found[-1] == (["broken", "testapp.do_errand"], [])
+
+
+def test_queue_whose_statement_fails_costs_the_others_nothing(look, found, declare, caplog):
+    Errand.objects.create()
+    broken = declare(Task, "status", name="broken")(succeed)
+    one = look(broken, do_errand)
+    probe = one._probe
+
+    def fail(using, queues):
+        if broken in queues:
+            raise ProgrammingError("no such table")
+        return probe(using, queues)
+
+    one._probe = fail
+    one._look()
+    assert found == [(["testapp.do_errand"], [])]
+    assert "broken: its tasks can not be looked for" in caplog.text
+
+
+def test_it_looks_often_while_there_is_work_and_ever_less_often_after_that(look, found, monkeypatch):
+    monkeypatch.setattr(prober, "_LATELY", 0.3)
+    one = look(do_errand, poll=30.0)
+    one.start()
+    try:
+        time.sleep(3)
+        assert 8 <= len(found) <= 22
+        assert one.is_alive
+    finally:
+        one.stop()
+        one._thread.join(10)
+    assert not one.is_alive
+
+
+def test_it_ends_when_it_is_stopped_during_a_pause(look):
+    one = look(do_errand, poll=60.0)
+    one._active_until = 0.0
+    one.start()
+    one.stop()
+    one._thread.join(10)
+    assert not one.is_alive
+
+
+# The clock of the database
+
+
+class Ahead:
+    """An engine whose database is ahead by so many seconds; None: it does not tell."""
+
+    def __init__(self, *seconds):
+        self.seconds = list(seconds)
+
+    def clock_offset(self):
+        seconds = self.seconds.pop(0)
+        return None if seconds is None else seconds * SECOND
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shifted", "told"),
+    [(0.01, 0, ""), (0.5, 0.5, ""), (5, 5, "is 5.0 s behind that of"), (-5, -5, "is 5.0 s ahead of that of")],
+)
+def test_clock_of_the_database_is_followed(seconds, shifted, told, monkeypatch, caplog):
+    monkeypatch.setattr(database_clock, "engine_for", lambda using: Ahead(seconds))
+    before = modelqueue.now()
+    DatabaseClock("default").follow()
+    assert abs(modelqueue.now() - before - shifted * SECOND) < SECOND / 4
+    assert told in caplog.text
+    assert bool(caplog.text) == bool(told)
+
+
+def test_clock_is_asked_again_at_once_after_an_answer_that_took_long(monkeypatch):
+    engine = Ahead(None, 5, 7)
+    monkeypatch.setattr(database_clock, "engine_for", lambda using: engine)
+    one = DatabaseClock("default")
+    for _ in range(3):
+        one.follow()
+    assert engine.seconds == [7]
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/Chicago"])
+@pytest.mark.parametrize("use_tz", [True, False])
+def test_database_tells_its_clock_in_any_time_zone(zone, use_tz, settings):
+    settings.USE_TZ, settings.TIME_ZONE = use_tz, zone
+    connection.close()
+    try:
+        assert abs(engine_for("default").clock_offset()) < 2 * SECOND
+    finally:
+        connection.close()
+
+
+def test_clock_is_not_trusted_after_a_long_round_trip(monkeypatch, vendor):
+    monkeypatch.setattr("modelqueue.engines.sessions._LONGEST_ROUND_TRIP", -SECOND)
+    assert engine_for("default").clock_offset() == (0 * SECOND if vendor == "sqlite" else None)
