@@ -17,6 +17,8 @@ from unittest.mock import patch
 
 from django.db import connections, transaction
 
+from modelqueue.fields import Saved
+
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -24,9 +26,6 @@ __all__ = ["Pretence", "as_in_autocommit", "pretence_of"]
 
 #: Where Django logs a robust hook that fails.
 logger = logging.getLogger("django.db.backends.base")
-
-#: Of no depth: hooks are kept.
-_NOWHERE = -1
 
 
 class Pretence:
@@ -46,7 +45,7 @@ class Pretence:
 
     def on_commit(self, func: Callable[[], object], robust: bool = False) -> None:
         """Take the place of the method of the connection."""
-        if self.is_outside and callable(func):
+        if self.is_outside and callable(func) and not _is_of_the_library(func):
             _call(func, robust)
         else:
             self._register(func, robust)
@@ -58,27 +57,19 @@ class Pretence:
 
     def call_hooks(self) -> None:
         hooks: list[Any] = self.connection.run_on_commit[self._of_the_test :]
-        del self.connection.run_on_commit[self._of_the_test :]
+        self.connection.run_on_commit[self._of_the_test :] = [
+            hook for hook in hooks if _is_of_the_library(hook[1])
+        ]
         for _, func, robust in hooks:  # as in production, none after one that fails
-            _call(func, robust)
+            if not _is_of_the_library(func):
+                _call(func, robust)
 
     @contextmanager
     def outside_here(self) -> Iterator[None]:
         """Count the block of atomic() that was just entered as part of the transaction around."""
         block: Any = self.connection.atomic_blocks[-1]
         block._from_testcase = True  # else atomic(durable=True) would refuse to begin in it
-        with self._at(len(self.connection.atomic_blocks)):
-            yield
-
-    @contextmanager
-    def keep_hooks(self) -> Iterator[None]:
-        """Call none; `call_hooks` does afterwards."""
-        with self._at(_NOWHERE):
-            yield
-
-    @contextmanager
-    def _at(self, depth: int) -> Iterator[None]:
-        before, self.depth = self.depth, depth
+        before, self.depth = self.depth, len(self.connection.atomic_blocks)
         try:
             yield
         finally:
@@ -131,8 +122,17 @@ def _watch_blocks(more: int) -> None:
 def _exit(block: transaction.Atomic, exc_type: Any, exc_value: Any, traceback: Any) -> None:
     _django_exit(block, exc_type, exc_value, traceback)
     pretence = _pretences.get(transaction.get_connection(block.using))
-    if pretence is not None and exc_type is None:
+    if pretence is not None:  # after an error there are no hooks left, or needs_rollback is set
         pretence.leave_block()
+
+
+def _is_of_the_library(func: Callable[[], object]) -> bool:
+    """Say whether a hook only notes that a save() stands.
+
+    It may still fall: the savepoint around the action is rolled back where the database asks for it, and
+    then what was saved has to be written with the outcome.
+    """
+    return isinstance(getattr(func, "__self__", None), Saved)
 
 
 def _call(func: Callable[[], object], robust: bool) -> None:

@@ -1,7 +1,7 @@
 """Running declared queues in the thread and the connection of a test.
 
-The attempts are those of production, step by step. What differs is told by `modelqueue.testing.hooks`, and
-by the classes below where a hook of ``on_commit`` fails.
+The attempts are those of production, step by step. What they do not get from the database, as nothing is
+committed, is in `modelqueue.testing.hooks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from asgiref.sync import async_to_sync
-from django.db import models, transaction
+from django.db import models
 from django.dispatch import Signal
 
 from modelqueue import signals
@@ -23,7 +23,7 @@ from modelqueue.execution import next_claim
 from modelqueue.outcomes import Ending, Outcome
 from modelqueue.queues import Queue, declared_queues
 from modelqueue.status import Status, priority_to_datetime, shifted
-from modelqueue.testing.hooks import Pretence, as_in_autocommit, pretence_of
+from modelqueue.testing.hooks import as_in_autocommit, pretence_of
 from modelqueue.testing.travel import MovableClock, moment_of, moving_clock
 
 __all__ = ["Ran", "drain", "run_one", "run_to_end", "run_until"]
@@ -241,37 +241,18 @@ def _run_next(queue: Queue[M], raises: bool) -> Ran[M] | None:
 
 
 class _WatchedAttempt(Attempt[M]):
-    """An attempt of production that remembers what it tells, and whose outcome calls hooks as there."""
+    """An attempt of production that remembers what it tells."""
 
     #: The last outcome; until there is one, nothing.
     ended = Outcome("release", None)
     stored: Status | None = None
     is_lost = False
 
-    @property
-    def pretence(self) -> Pretence | None:
-        return pretence_of(self.source.using)
-
     def make(self, queue: Queue[M]) -> Outcome:
         """Take all steps; return the outcome, whatever it is."""
         outcome = self.process(queue.action)
         self.let_its_time_come(outcome)
         return outcome
-
-    def write_task(
-        self, outcome: Outcome, task: M, as_left: dict[str, Any], changed: list[models.Field[Any, Any]]
-    ) -> bool:
-        pretence = self.pretence
-        if pretence is None or not pretence.is_outside:
-            return super().write_task(outcome, task, as_left, changed)
-        with pretence.keep_hooks():
-            is_written = super().write_task(outcome, task, as_left, changed)
-        try:
-            pretence.call_hooks()
-        except Exception as error:  # after the commit, as it were
-            if not self.is_recorded_despite(error, outcome):
-                raise
-        return is_written
 
     def conclude(self, outcome: Outcome, is_written: bool) -> None:
         self.ended = outcome
@@ -285,18 +266,13 @@ class _WatchedAttempt(Attempt[M]):
 class _PlainAttempt(_WatchedAttempt[M]):
     def call_it(self, action: Any, task: M) -> BaseException | None:
         # In production there is no savepoint around the action.
-        pretence = self.pretence
+        pretence = pretence_of(self.source.using)
         with nullcontext() if pretence is None else pretence.outside_here():
             return super().call_it(action, task)
 
 
 class _AtomicAttempt(_WatchedAttempt[M], AtomicAttempt[M]):
-    def hold(self) -> Any:
-        opened = super().hold()
-        if opened is not None and self.is_outer:
-            # What tells a failing hook from a failing action, see there.
-            transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
-        return opened
+    pass
 
 
 class _AsyncAttempt(_WatchedAttempt[M], AsyncAttempt[M]):
