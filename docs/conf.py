@@ -46,7 +46,8 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(admin|asyncio|collections|datetime|django|dt|enum|forms|models|types|typing)\..*"),
     ("py:class", r"Any|Callable|Combinable|Manager|Model|ModelAdmin|QuerySet|Signal"),
-    ("py:class", r"(.*\.)?(M|_ST|_GT|Action|Origin|Tasks)"),  # type variables and aliases of the code
+    # Type variables and aliases of the code.
+    ("py:class", r"(.*\.)?(M|_ST|_GT|Action|Origin|StateLike|Tasks)"),
 ]
 
 html_theme = "furo"

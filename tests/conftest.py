@@ -12,7 +12,9 @@ from django.contrib.contenttypes.management import create_contenttypes
 from django.db import connection, connections
 from django.db.models.signals import post_migrate
 
-from modelqueue import Status, execution
+import modelqueue
+from modelqueue import Status, execution, queues
+from modelqueue.fields import declared_on
 from tests.processes import Processes
 
 IN_MEMORY = Path("/dev/shm")
@@ -70,6 +72,18 @@ def _skip_by_marker(request):
 def _recovery_is_due():
     """Let the first `run` of each test recover, as that of a new process does."""
     execution._last_recovery.clear()
+
+
+@pytest.fixture
+def declare():
+    """`modelqueue.queue`, whose queues are forgotten after the test."""
+    before = dict(queues._declared)
+    yield modelqueue.queue
+    for name, made in list(queues._declared.items()):
+        if before.get(name) is not made:
+            del queues._declared[name]
+            declared_on(made.field).remove(made)
+    queues._declared.update(before)
 
 
 @pytest.fixture

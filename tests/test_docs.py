@@ -22,9 +22,10 @@ from django.db import connection, models
 from django.test.utils import CaptureQueriesContext, isolate_apps, override_settings
 
 import modelqueue
-from modelqueue import State, Status, backoff, conf, verbs
+from modelqueue import State, Status, backoff, conf, queues, testing, verbs
 from modelqueue.outcomes import Ending, Policy
 from modelqueue.source import Source
+from modelqueue.testing import plugin, travel
 from tests import pages
 from tests.testapp.models import Task
 
@@ -123,6 +124,7 @@ def reader(page: Any, monkeypatch: pytest.MonkeyPatch):
     handlers = list(logging.getLogger("modelqueue").handlers)
     level, propagate = logging.getLogger("modelqueue").level, logging.getLogger("modelqueue").propagate
     receivers = {one: list(one.receivers) for one in SIGNALS.values()}
+    declared = dict(queues._declared)
     one = Reader(page)
     with isolate_apps("tests.testapp"):
         try:
@@ -137,6 +139,8 @@ def reader(page: Any, monkeypatch: pytest.MonkeyPatch):
             logger = logging.getLogger("modelqueue")
             logger.handlers, logger.level, logger.propagate = handlers, level, propagate
             logger.manager._clear_cache()
+            queues._declared.clear()
+            queues._declared.update(declared)
             for one_signal, before in receivers.items():
                 one_signal.receivers = before
                 one_signal.sender_receivers_cache.clear()
@@ -209,8 +213,10 @@ def check_testing(names: dict[str, Any]) -> None:
     )
     result = unittest.TestResult()
     suite.run(result)
-    assert result.testsRun == 5
+    assert result.testsRun == 10
     assert result.wasSuccessful(), result.errors + result.failures
+    with travel() as clock:
+        names["test_two_letters_are_posted_in_two_weeks"](None, clock)
 
 
 def check_claims(names: dict[str, Any]) -> None:
@@ -330,6 +336,7 @@ def entries() -> set[str]:
 def test_reference_names_every_public_name_and_no_other():
     public = {name for name in modelqueue.__all__ if name != "backoff"}
     public |= {f"backoff.{name}" for name in backoff.__all__}
+    public |= {f"testing.{name}" for name in testing.__all__}
     public |= {"__title__", "__version__"}
     assert entries() == public
 
@@ -356,6 +363,11 @@ def test_everything_public_has_a_docstring():
         for name, member in vars(cls).items():
             if not name.startswith("_") and (callable(member) or isinstance(member, (property, classmethod))):
                 assert inspect.getdoc(getattr(cls, name)), name
+
+
+def test_reference_names_each_fixture_of_the_plugin():
+    rows = table_after((REFERENCE / "testing.md").read_text(), "| fixture | |")
+    assert [row[0] for row in rows] == [f"`{name}`" for name in plugin.__all__]
 
 
 def test_each_system_check_has_its_paragraph():

@@ -17,18 +17,6 @@ from tests.testapp.queues import do_errand, review
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.fixture
-def declare():
-    """`modelqueue.queue`, whose queues are forgotten after the test."""
-    before = dict(queues._declared)
-    yield modelqueue.queue
-    for name, made in list(queues._declared.items()):
-        if before.get(name) is not made:
-            del queues._declared[name]
-            declared_on(made.field).remove(made)
-    queues._declared.update(before)
-
-
 # Declaring
 
 

@@ -34,6 +34,11 @@ def shift(by: dt.timedelta) -> None:
     _offset = by
 
 
+def in_use() -> Clock:
+    """Return the clock that `now` asks: that of the innermost `use`, else that of the system."""
+    return _clock
+
+
 @contextmanager
 def use(clock: Clock) -> Iterator[None]:
     """Let `now` ask `clock`, in every thread of this process, until the block ends.

@@ -35,6 +35,7 @@ __all__ = [
     "arun_next",
     "current",
     "is_async",
+    "next_claim",
     "refuse_atomic_async",
     "run",
     "run_next",
@@ -137,7 +138,7 @@ def run_next(work: Work[M]) -> M | None:
 
 def begin_next(work: Work[M]) -> Attempt[M] | None:
     """Claim the next due task; return the attempt that is to be made, or None."""
-    claim = _next_claim(work)
+    claim = next_claim(work)
     if claim is None:
         return None
     kind = AtomicAttempt if work.atomic else Attempt
@@ -211,7 +212,7 @@ async def arun_next(work: Work[M]) -> M | None:
 
 
 def _next_attempt(work: Work[M]) -> AsyncAttempt[M] | None:
-    claim = _next_claim(work)
+    claim = next_claim(work)
     if claim is None:
         return None
     attempt = AsyncAttempt(work.source, work.policy, claim)
@@ -325,7 +326,7 @@ def refuse_declared(field: models.Field[Any, Any], function: str) -> None:
         )
 
 
-def _next_claim(work: Work[M]) -> Claim[M] | None:
+def next_claim(work: Work[M]) -> Claim[M] | None:
     """Claim the next task; recover those of dead workers when there is nothing else to do, or each second."""
     source, policy = work.source, work.recovery or work.policy
     key = _recovery_key(source)

@@ -9,7 +9,7 @@ from django.contrib import admin
 from typing_extensions import assert_type
 
 import modelqueue
-from modelqueue import State, Status, backoff
+from modelqueue import State, Status, backoff, testing
 from tests.testapp.models import Task
 
 if TYPE_CHECKING:
@@ -80,3 +80,16 @@ Task(status=2_20260101000000000_0)
 class TaskAdmin(admin.ModelAdmin[Task]):
     actions = [*modelqueue.admin_actions("status")]
     list_filter = [modelqueue.admin_list_filter("status")]
+
+
+@modelqueue.queue(Task, "status")
+def hash_data(task: Task) -> None: ...
+
+
+assert_type(testing.run_one(hash_data), testing.Ran[Task] | None)
+testing.drain(hash_data, raises=False)
+testing.run_until(dt.timedelta(hours=1), hash_data)
+testing.drain(make_thumbnail)  # type: ignore[arg-type]
+testing.assert_state(task, "finished", attempts=1)
+testing.assert_tally(hash_data, finished=1)
+testing.assert_tally(hash_data, done=1)  # type: ignore[call-arg]
