@@ -41,7 +41,8 @@ def environment(databases: dict[str, Any] | None = None) -> dict[str, str]:
     return inherited | {
         "DJANGO_SETTINGS_MODULE": "tests.settings",
         "MODELQUEUE_TEST_DATABASES": json.dumps(databases, default=str),
-        "PYTHONPATH": str(ROOT),
+        # After it what this process was given, so that they run the same code.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
 
