@@ -162,6 +162,8 @@ def parse_key(model: type[models.Model], text: str) -> Any:
         key = pk.to_python(text)
         if not isinstance(key, (list, tuple)):
             pk.run_validators(key)
+        if isinstance(key, int) and not -(2**63) <= key < 2**63:  # of SQLite there is no validator for that
+            raise ValueError(key)
     except (ValidationError, ValueError, TypeError) as error:
         raise ValueError(
             f"{text!r} is no primary key of {model._meta.label}, which is a {type(pk).__name__}."
