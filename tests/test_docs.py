@@ -23,6 +23,7 @@ from django.test.utils import CaptureQueriesContext, isolate_apps, override_sett
 
 import modelqueue
 from modelqueue import State, Status, backoff, conf, queues, testing, verbs
+from modelqueue.management.commands.modelqueue import Command
 from modelqueue.outcomes import Ending, Policy
 from modelqueue.source import Source
 from modelqueue.testing import plugin, travel
@@ -393,6 +394,42 @@ def test_each_setting_has_its_row():
     rows = table_after((REFERENCE / "settings.md").read_text(), "| name | default | what it does |")
     shown = {name: repr(one.default).replace("'", '"') for name, one in conf.SETTINGS.items()}
     assert rows == [[f"`{name}`", f"`{shown[name]}`", one.help] for name, one in conf.SETTINGS.items()]
+
+
+def sub_commands() -> dict[str, Any]:
+    """Return the parser of each sub-command."""
+    parser = Command().create_parser("manage.py", "modelqueue")
+    (choice,) = [action for action in parser._actions if action.dest == "command"]
+    return dict(choice.choices)
+
+
+def list_of_sub_commands() -> list[Any]:
+    parser = Command().create_parser("manage.py", "modelqueue")
+    (choice,) = [action for action in parser._actions if action.dest == "command"]
+    return list(choice._choices_actions)
+
+
+@pytest.mark.parametrize("name", sub_commands())
+def test_each_option_of_a_sub_command_is_in_the_reference(name):
+    text = (REFERENCE / ("worker.md" if name == "worker" else "commands.md")).read_text()
+    common = (REFERENCE / "commands.md").read_text().split("\n## ")[0]
+    heading = "retry, cancel, enqueue" if name in ("retry", "cancel", "enqueue") else name
+    if name != "worker":
+        text = text[text.index(f"\n## {heading}\n") :].split("\n## ")[1]
+    documented = set(re.findall(r"^\| `(--[\w-]+|QUEUE)", text, re.MULTILINE))
+    own, of_django = set(), set()
+    for action in sub_commands()[name]._actions:
+        option = (action.option_strings or [action.metavar])[-1]
+        (of_django if f"`{option}`" in common and option != "--json" else own).add(option)
+    assert documented == own
+    assert {"--help", "--settings", "--traceback"} <= of_django
+
+
+def test_each_sub_command_is_listed_in_the_reference():
+    rows = table_after((REFERENCE / "commands.md").read_text(), "| command | |")
+    assert [(re.findall(r"`(\w+)`", name)[0], text) for name, text in rows] == [
+        (action.dest, action.help) for action in list_of_sub_commands()
+    ]
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ from django.test.utils import CaptureQueriesContext
 import modelqueue
 from modelqueue import ONE_HOUR, Abort, Status, run, verbs
 from modelqueue.outcomes import Policy
+from modelqueue.report import figures_of
 from modelqueue.source import Source
 from tests.actions import LONG_AGO, MILLISECOND, raising, stored, succeed, unexpected
-from tests.testapp.models import Job, PrintJob, Task
+from tests.testapp.models import Errand, Job, PrintJob, Task
+from tests.testapp.queues import do_errand
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -228,6 +230,24 @@ def test_each_page_of_expired_tasks_is_read_from_the_index(queue):
     assert len(pages(statements)) == 3
     for statement in pages(statements):
         assert_reads_range(statement, model, field)
+
+
+@pytest.mark.parametrize("queue", [(Errand, "status")], ids=["declared"], indirect=True)
+def test_each_figure_of_the_status_is_a_range_of_the_index(queue, vendor):
+    """Also where a state has few rows in a large table, which a reader of the whole table would look for."""
+    model, field = queue
+    now = modelqueue.now()
+    fill(model, field, [Status.waiting(LONG_AGO), Status.waiting(now + ONE_HOUR), Status.working(LONG_AGO)])
+    statements = sent(lambda: figures_of(do_errand))
+    assert len(statements) == 11
+    for statement in statements:
+        plan = explain(statement)
+        # Of MariaDB's plan the rows that are counted are a table, too.
+        plan = "\n".join(line for line in plan.splitlines() if "table=<derived" not in line)
+        if vendor == "sqlite":
+            plan = re.sub(r"^.*SCAN \(?subquery.*$", "", plan, flags=re.MULTILINE)
+        assert not re.search(READS_ALL[vendor], plan), f"{statement}\n{plan}"
+        assert index_of(model, field) in plan, plan
 
 
 def test_no_statement_of_a_task_reads_the_whole_table(queue, engine, vendor):

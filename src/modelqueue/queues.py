@@ -227,12 +227,24 @@ class Queue(Generic[M]):
         return verbs.cancel(self.rows() if tasks is None else tasks, self.field.name)
 
     def prune(self, older_than: dt.timedelta, state: StateLike = State.finished) -> int:
-        """Delete tasks that ended longer ago than that; return how many.
+        """Delete tasks that ended longer ago than that; return how many. Locked ones are left alone.
+
+        So is a row that is still open (created, waiting or working) in another declared queue of the model,
+        as a later stage of a pipeline is.
 
         Raises:
             TypeError, ValueError: see `modelqueue.verbs.prune`.
         """
-        return sum(verbs.prune(self.rows(), self.field.name, older_than, state))
+        return sum(verbs.prune(self.prunable(), self.field.name, older_than, state))
+
+    def prunable(self) -> models.QuerySet[M]:
+        """Return the tasks that no other declared queue has still before it, whatever their state here."""
+        rows = self.rows()
+        for field in self.model._meta.concrete_fields:
+            if field is not self.field and declared_on(field):
+                for state in (State.created, State.waiting, State.working):
+                    rows = rows.exclude(**Status.filter(field.name, state))
+        return rows
 
 
 def queue(

@@ -70,12 +70,12 @@ class Source(Generic[M]):
     @property
     def owner(self) -> type[models.Model]:
         """The model whose own table has the status column; a parent where the field is inherited."""
-        return _owner(self.field)
+        return owner_of(self.field)
 
     @property
     def owner_key(self) -> str:
         """The query name of the owner's primary key, seen from `model`."""
-        return _owner_key(self.model, self.field)
+        return owner_key(self.model, self.field)
 
     def owner_rows(self) -> models.QuerySet[Any]:
         """All rows of the owner's table, whatever its managers filter."""
@@ -86,18 +86,18 @@ class Source(Generic[M]):
     @property
     def has_error_field_elsewhere(self) -> bool:
         """True if the error field is in the table of a child, or of another parent, than the status."""
-        return self.error_field is not None and _owner(self.error_field) is not self.owner
+        return self.error_field is not None and owner_of(self.error_field) is not self.owner
 
     def error_rows(self) -> models.QuerySet[Any]:
         """All rows of the table that has the error field."""
         field = self.field if self.error_field is None else self.error_field
-        rows: models.QuerySet[Any] = models.QuerySet(_owner(field), using=self.using)
+        rows: models.QuerySet[Any] = models.QuerySet(owner_of(field), using=self.using)
         return rows.order_by()
 
     def keys_of_errors(self, pks: list[Any]) -> dict[Any, Any]:
         """Return, for rows by their primary key, the primary key in the table of the error field."""
         field = self.field if self.error_field is None else self.error_field
-        key = _owner_key(self.model, field)
+        key = owner_key(self.model, field)
         return dict(self.rows().filter(pk__in=pks).values_list("pk", F(key)))
 
     def rows(self) -> models.QuerySet[M]:
@@ -141,25 +141,25 @@ def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Ite
     queryset with joins Django would ask it in a subquery, whose answer may be old by the time the
     UPDATE has waited for a row.
     """
-    owner, query = _owner(field), rows.query
+    owner, query = owner_of(field), rows.query
     plain = not (query.is_sliced or query.combinator or query.distinct or query.group_by)
     if plain and owner is rows.model._meta.concrete_model and query.count_active_tables() <= 1:
         yield rows.order_by()
         return
     # All keys first: rows that the caller changes must not come up again further down in an open cursor.
     # Each once: a join may have multiplied them. Not flat=True, which takes a composite key apart.
-    keys = iter(dict.fromkeys(key for (key,) in rows.values_list(_owner_key(rows.model, field))))
+    keys = iter(dict.fromkeys(key for (key,) in rows.values_list(owner_key(rows.model, field))))
     while chunk := list(islice(keys, _CHUNK)):
         yield models.QuerySet(owner, using=rows.db).filter(pk__in=chunk).order_by()
 
 
-def _owner(field: models.Field[Any, Any]) -> type[models.Model]:
+def owner_of(field: models.Field[Any, Any]) -> type[models.Model]:
     owner: type[models.Model] = field.model
     return owner._meta.concrete_model or owner
 
 
-def _owner_key(model: type[models.Model], field: models.Field[Any, Any]) -> str:
-    owner = _owner(field)
+def owner_key(model: type[models.Model], field: models.Field[Any, Any]) -> str:
+    owner = owner_of(field)
     return "pk" if owner is model._meta.concrete_model else owner._meta.pk.name
 
 

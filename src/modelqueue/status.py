@@ -33,6 +33,10 @@ ZERO_SECS = dt.timedelta(0)
 StateLike: TypeAlias = "State | str | int"
 Priority = dt.datetime | int
 
+#: Priorities from here on are times, where the age of a task is asked for. Those below are an order alone,
+#: even if their digits spell a time by chance.
+FIRST_TIME = 20010101000000000
+
 _PRIORITY_LIMIT = 10**17
 _LAST_MILLISECOND = 99991231235959999
 _FIRST_MILLISECOND = 10101000000000

@@ -21,7 +21,15 @@ from modelqueue.clock import now
 from modelqueue.engines import Candidate, Claim, Renewal, Verdict, engine_for
 from modelqueue.fields import set_loaded
 from modelqueue.outcomes import Policy
-from modelqueue.source import Source, Tasks, on_write_database, owner_rows, status_field
+from modelqueue.source import (
+    Source,
+    Tasks,
+    on_write_database,
+    owner_key,
+    owner_of,
+    owner_rows,
+    status_field,
+)
 from modelqueue.status import State, StateLike, Status, datetime_to_int, priority_to_datetime, shifted
 
 __all__ = ["cancel", "claim", "enqueue", "prune", "recover", "release", "renew", "retry"]
@@ -115,7 +123,7 @@ def cancel(queryset: Tasks[Any], field: str) -> int:
     Returns:
         How many were canceled.
     """
-    return _change(queryset, field, [State.created, State.waiting, State.working], State.canceled)
+    return _change(queryset, field, cancelable(field), State.canceled)
 
 
 def retry(queryset: Tasks[Any], field: str) -> int:
@@ -124,14 +132,50 @@ def retry(queryset: Tasks[Any], field: str) -> int:
     Returns:
         How many were made waiting.
     """
-    return _change(queryset, field, [State.canceled], State.waiting)
+    return _change(queryset, field, retryable(field), State.waiting)
 
 
-def _change(queryset: Tasks[Any], field: str, states: list[State], state: State) -> int:
+def enqueue_unlocked(queryset: Tasks[Any], field: str) -> int:
+    """Make tasks waiting from now on, as `enqueue` does, but leave those alone that somebody has locked.
+
+    Returns:
+        How many were made waiting or moved.
+    """
+    return _change(queryset, field, enqueueable(field, now()), State.waiting)
+
+
+def cancelable(field: str) -> Q:
+    """Return the condition that `cancel` can change a task."""
+    return _in_states(field, State.created, State.waiting, State.working)
+
+
+def retryable(field: str) -> Q:
+    """Return the condition that `retry` can change a task."""
+    return _in_states(field, State.canceled)
+
+
+def enqueueable(field: str, moment: dt.datetime) -> Q:
+    """Return the condition that `enqueue` without a time can change a task."""
+    scheduled = {
+        f"{field}__gt": Status.waiting(moment, Status.max_attempts),
+        f"{field}__lte": Status.maximum(State.waiting),
+    }
+    return _not_waiting(field) | Q(**scheduled)
+
+
+def _not_waiting(field: str) -> Q:
+    ended = _in_states(field, State.created, State.finished, State.canceled)
+    return Q(**{f"{field}__isnull": True}) | ended
+
+
+def _in_states(field: str, *states: State) -> Q:
+    return functools.reduce(operator.or_, [Q(**Status.filter(field, state)) for state in states])
+
+
+def _change(queryset: Tasks[Any], field: str, condition: Q, state: State) -> int:
     rows = on_write_database(queryset)
     column = status_field(rows.model, field)
     moment = datetime_to_int(now())
-    condition = functools.reduce(operator.or_, [Q(**Status.filter(column.name, one)) for one in states])
     status = F(column.name)
     if state == State.canceled:  # when it was, and how often it had been tried
         value: Any = Value(int(Status.combine(state, moment, 0)), models.BigIntegerField()) + status % 10
@@ -160,6 +204,7 @@ def prune(
     """Delete tasks that ended long ago, oldest first, in batches of a transaction each.
 
     As by `QuerySet.delete`: what refers to them goes with them or keeps them, as its ``on_delete`` says.
+    Tasks that somebody has locked are left alone.
 
     Args:
         older_than: how long ago they ended, zero or more.
@@ -172,26 +217,51 @@ def prune(
     Raises:
         TypeError, ValueError: `older_than` or `state` is none that tasks end with.
     """
+    rows = on_write_database(queryset)
+    column = status_field(rows.model, field)
+    is_old = _ended_before(column.name, older_than, state)
+    old = rows.filter(is_old).order_by(column.name, "pk")
+    key = owner_key(rows.model, column)
+    engine = engine_for(rows.db)
+    #: Those that were found locked; they are not looked at again.
+    locked: list[Any] = []
+
+    def delete() -> tuple[int, list[Any]]:
+        with engine.transaction():
+            engine.take_write_lock(column)
+            page = old.exclude(pk__in=locked).values_list("pk", *([] if key == "pk" else [key]))
+            keys = {found[0]: found[-1] for found in page[:batch]}
+            # Asked once more under the lock: a task that somebody has enqueued meanwhile is kept.
+            table: models.QuerySet[Any] = models.QuerySet(owner_of(column), using=rows.db)
+            free = engine.deletable(table.filter(is_old, pk__in=list(keys.values())))
+            gone = [pk for pk, one in keys.items() if one in free]
+            models.QuerySet(rows.model, using=rows.db).filter(pk__in=gone).delete()
+            return len(gone), [pk for pk, one in keys.items() if one not in free]
+
+    while True:
+        count, passed = engine.patiently(delete)
+        locked += passed
+        if count:
+            yield count
+        elif not passed:
+            return
+
+
+def ended_before(
+    queryset: Tasks[Any], field: str, older_than: dt.timedelta, state: StateLike = State.finished
+) -> models.QuerySet[Any]:
+    """Return the tasks that `prune` would delete now; arguments and errors are its own."""
+    return on_write_database(queryset).filter(_ended_before(field, older_than, state))
+
+
+def _ended_before(field: str, older_than: dt.timedelta, state: StateLike) -> Q:
     ended = State.of(state)
     if ended not in (State.finished, State.canceled):
         raise ValueError(f"prune() deletes what has ended, finished or canceled, not {ended}.")
     if not isinstance(older_than, dt.timedelta):
         raise TypeError(f"older_than is a datetime.timedelta, not {older_than!r}.")
-    rows = on_write_database(queryset)
-    column = status_field(rows.model, field)
     last = Status.combine(ended, shifted(now(), -older_than), Status.max_attempts)
-    old = rows.filter(**{f"{column.name}__gte": Status.minimum(ended), f"{column.name}__lte": last})
-    old = old.order_by(column.name, "pk")
-    engine = engine_for(rows.db)
-
-    def delete() -> int:
-        with engine.transaction():
-            keys = [pk for (pk,) in old.values_list("pk")[:batch]]
-            models.QuerySet(rows.model, using=rows.db).filter(pk__in=keys).delete()
-            return len(keys)
-
-    while count := engine.patiently(delete):
-        yield count
+    return Q(**{f"{field}__gte": Status.minimum(ended), f"{field}__lte": last})
 
 
 def enqueue(
@@ -235,18 +305,10 @@ def enqueue(
     rows = _rows_to_enqueue(queryset_or_instance)
     column = status_field(rows.model, field)
 
-    movable = Q(**{f"{column.name}__isnull": True})
-    for state in (State.created, State.finished, State.canceled):
-        movable |= Q(**Status.filter(column.name, state))
     if at is None and priority is None:
-        movable |= Q(
-            **{
-                f"{column.name}__gt": Status.waiting(moment, Status.max_attempts),
-                f"{column.name}__lte": Status.maximum(State.waiting),
-            }
-        )
+        movable = enqueueable(column.name, moment)
     else:
-        movable |= Q(**Status.filter(column.name, State.waiting))
+        movable = _not_waiting(column.name) | _in_states(column.name, State.waiting)
 
     engine = engine_for(rows.db)
 

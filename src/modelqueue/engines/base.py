@@ -420,6 +420,13 @@ class Engine(Session):
         while part := list(islice(free, _LONGEST_PAGE)):
             yield rows.filter(pk__in=part)
 
+    def deletable(self, rows: models.QuerySet[Any]) -> set[Any]:
+        """Lock those rows of one table that nobody else has locked, to delete them; return their keys."""
+        if self.connection.features.has_select_for_update_skip_locked:
+            # Not NO KEY: to delete a row waits also for the inserts of rows that refer to it.
+            rows = rows.select_for_update(skip_locked=True)
+        return {pk for (pk,) in rows.order_by().values_list("pk")}
+
     def probe(self, querysets: Sequence[models.QuerySet[Any]]) -> list[bool]:
         """Say of each of these querysets whether it has a row, all in one statement."""
         selects, params = [], list[Any]()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import threading
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand
 from django.db import connections
 from django.utils import autoreload
 
-from modelqueue.queues import Queue, declared_queues
+from modelqueue.management.choose import chosen_queues
+from modelqueue.queues import Queue
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
 
@@ -27,6 +27,9 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    parser.epilog = (
+        "Exit codes: 0 stopped; 1 there is no such queue, or --drain has left something due; 2 wrong usage."
+    )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
         "--exclude",
@@ -119,38 +122,6 @@ def run_with_reloader(supervisor: Supervisor) -> int:
             supervisor.stop()
             ended.wait()
     return 0
-
-
-def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> list[Queue[Any]]:
-    """Return the declared queues of these names, or all.
-
-    Raises:
-        CommandError: there is none, or one of the names is none's.
-    """
-    declared = {queue.name: queue for queue in declared_queues()}
-    if not declared:
-        raise CommandError(
-            'No queue is declared. Decorate a function with @modelqueue.queue(Model, "status") in the module '
-            "queues.py of an installed app."
-        )
-    for name in [*names, *exclude]:
-        if name not in declared:
-            close = difflib.get_close_matches(name, declared, 1)
-            raise CommandError(
-                f"There is no queue {name!r}. "
-                + (f"Did you mean {close[0]!r}? " if close else "")
-                + f"Declared are: {', '.join(declared)}."
-            )
-    if using is not None and using not in connections:
-        raise CommandError(f"There is no database {using!r}. DATABASES has: {', '.join(connections)}.")
-    queues = [
-        queue
-        for name, queue in declared.items()
-        if name in (names or declared) and name not in exclude and using in (None, queue.using)
-    ]
-    if not queues:
-        raise CommandError("Of the declared queues these options leave none.")
-    return queues
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:

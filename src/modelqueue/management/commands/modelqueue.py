@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandParser, DjangoHelpFormatter
 
-from modelqueue.management import worker
+from modelqueue.management import cancel, enqueue, prune, retry, status, worker
 
 __all__ = ["Command"]
 
-_SUBCOMMANDS = {"worker": worker}
+_SUBCOMMANDS = {
+    "worker": worker,
+    "status": status,
+    "retry": retry,
+    "cancel": cancel,
+    "enqueue": enqueue,
+    "prune": prune,
+}
 
 
 class Command(BaseCommand):
@@ -21,7 +29,13 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for name, module in _SUBCOMMANDS.items():
-            one = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+            one = commands.add_parser(
+                name,
+                help=module.HELP,
+                description=module.DESCRIPTION,
+                formatter_class=DjangoHelpFormatter,
+                parents=[_options_of_django()],
+            )
             module.add_arguments(one)
 
     def handle(self, *args: Any, **options: Any) -> str | None:
@@ -29,3 +43,17 @@ class Command(BaseCommand):
         if code:
             raise SystemExit(code)
         return None
+
+
+def _options_of_django() -> CommandParser:
+    """Return the options of every command, so that they may stand behind the name of the sub-command, too."""
+    parser = CommandParser(add_help=False, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("-v", "--verbosity", type=int, choices=range(4), help="verbosity level, as of every command")
+    add("--settings", help="the Python path of the settings module")
+    add("--pythonpath", help="a directory to add to the Python path")
+    add("--traceback", action="store_true", help="show the traceback of an error of the command")
+    add("--no-color", action="store_true", help="do not color the output")
+    add("--force-color", action="store_true", help="color the output in any case")
+    add("--skip-checks", action="store_true", help="skip the system checks")
+    return parser

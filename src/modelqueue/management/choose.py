@@ -1,0 +1,82 @@
+"""What several sub-commands read off the command line: names of queues, durations, states."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import difflib
+from collections.abc import Callable, Collection
+from typing import Any
+
+from django.core.management.base import CommandError
+from django.db import connections
+
+from modelqueue.durations import parse_duration
+from modelqueue.queues import Queue, declared_queues
+from modelqueue.status import State, Status
+
+__all__ = ["WRONG_USAGE", "chosen_queues", "duration", "one_of_the_states"]
+
+#: The exit code of a call that can not be meant; argparse has the same.
+WRONG_USAGE = 2
+
+
+def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> list[Queue[Any]]:
+    """Return the declared queues of these names, or all.
+
+    Raises:
+        CommandError: there is none, or one of the names is none's.
+    """
+    declared = {queue.name: queue for queue in declared_queues()}
+    if not declared:
+        raise CommandError(
+            'No queue is declared. Decorate a function with @modelqueue.queue(Model, "status") in the module '
+            "queues.py of an installed app."
+        )
+    for name in [*names, *exclude]:
+        if name not in declared:
+            raise CommandError(
+                f"There is no queue {name!r}. {did_you_mean(name, declared)}"
+                f"Declared are: {', '.join(declared)}."
+            )
+    if using is not None and using not in connections:
+        raise CommandError(f"There is no database {using!r}. DATABASES has: {', '.join(connections)}.")
+    queues = [
+        queue
+        for name, queue in declared.items()
+        if name in (names or declared) and name not in exclude and using in (None, queue.using)
+    ]
+    if not queues:
+        raise CommandError("Of the declared queues these options leave none.")
+    return queues
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """Return the question whether the most similar of the known words was meant, or nothing."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def duration(text: str) -> dt.timedelta:
+    """Read a duration from the command line, see `parse_duration`."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def one_of_the_states(*allowed: State) -> Callable[[str], State]:
+    """Return how to read from the command line a state that is one of these."""
+    names = [state.name for state in allowed]
+
+    def state(text: str) -> State:
+        if text in names:
+            return State.of(text)
+        known = [one.name for one in Status.states]
+        if text in known:
+            what = f"{text} tasks are left alone by this."
+        else:
+            what = f"there is no state {text!r}. {did_you_mean(text, known)}".strip()
+        raise argparse.ArgumentTypeError(f"{what} Give {' or '.join(names)}.")
+
+    return state

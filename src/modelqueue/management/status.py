@@ -1,0 +1,118 @@
+"""``manage.py modelqueue status``: how the queues are doing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from django.core.management.base import BaseCommand
+
+from modelqueue.clock import now
+from modelqueue.durations import in_short
+from modelqueue.management.choose import chosen_queues
+from modelqueue.queues import Queue
+from modelqueue.report import LATELY, Figures, report
+from modelqueue.status import Status
+
+HELP = "show how queues are doing"
+DESCRIPTION = (
+    "Show of each queue how many tasks are in each state, how long the oldest due one has been waiting (the "
+    "queue of the longest wait comes first), how many are due and how many scheduled for later, which are "
+    "running and for how long without a sign of life, how many ended in the last 5 minutes, and when at "
+    "that rate those will have ended that are due. Nothing is counted beyond 10,000, which is shown as "
+    "10,000+, so that a look is cheap also on large tables."
+)
+
+CLEAR_SCREEN = "\x1b[2J\x1b[H"
+HEADERS = [
+    "queue",
+    "wait",
+    "due",
+    "scheduled",
+    *map(str, Status.states),
+    f"last {LATELY.seconds // 60} min",
+    "ETA",
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.epilog = "Exit codes: 0 shown; 1 there is no such queue; 2 wrong usage."
+    add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON document; with --watch one a second, on a line each",
+    )
+    add("--watch", action="store_true", help="show it again each second, until Ctrl-C")
+
+
+def handle(command: BaseCommand, options: dict[str, Any]) -> int:
+    queues = chosen_queues(options["queues"], [], None)
+    if not options["watch"]:
+        command.stdout.write(shown(queues, options["json"]))
+        return 0
+    clear = CLEAR_SCREEN if command.stdout.isatty() and not options["json"] else ""
+    try:
+        while True:
+            command.stdout.write(clear + shown(queues, options["json"]))
+            command.stdout.flush()
+            time.sleep(1)
+    except KeyboardInterrupt:  # the way to end it
+        return 0
+
+
+def shown(queues: list[Queue[Any]], as_json: bool) -> str:
+    """Return the figures of queues as they are now, as a table or as a JSON document."""
+    moment, figures = now(), report(queues)
+    if as_json:
+        document = {"at": moment.isoformat(), "queues": [one.as_dict() for one in figures]}
+        return json.dumps(document, default=str)
+    lines = [*table([HEADERS, *map(cells, figures)]), ""]
+    for one in figures:
+        lines += [f"running: {one.queue.name} {task}" for task in running(one)]
+    return "\n".join(lines)
+
+
+def cells(one: Figures) -> list[str]:
+    """Return the cells of a queue's row, in the order of the headers."""
+    ended = str(one.finished_lately)
+    if one.canceled_lately.number:
+        ended += f", {one.canceled_lately} canceled"
+    return [
+        one.queue.name,
+        "-" if one.longest_wait is None else in_short(one.longest_wait),
+        str(one.due),
+        str(one.scheduled),
+        *map(str, one.counts.values()),
+        ended,
+        "unknown" if one.eta is None else f"{in_short(one.eta)}{'+' if one.due.is_capped else ''}",
+    ]
+
+
+def running(one: Figures) -> list[str]:
+    """Return a line for each running task that is listed, and one for the others."""
+    lines = []
+    for task in one.running:
+        age = "" if task.age is None else f" claimed or renewed {in_short(task.age)} ago,"
+        abandoned = ", its lease has run out" if task.is_abandoned else ""
+        lines.append(f"{task.pk}{age} attempt {task.attempts + 1}{abandoned}")
+    working = one.counts[Status.states[2]]
+    if working.number > len(lines):
+        lines.append(f"and {working.number - len(lines):,}{'+' if working.is_capped else ''} more")
+    return lines
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
