@@ -21,7 +21,7 @@ unexport VIRTUAL_ENV
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.test ## watch workers drain a queue of real files (DB=sqlite or DB=postgres)
+demo: $(VENV)/.test ## watch a worker drain a queue of real files (DB=sqlite or DB=postgres)
 	$(PY) examples/demo.py --db $(or $(DB),sqlite)
 
 demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin

@@ -1,4 +1,4 @@
-"""The demo: several processes drain a queue of real files, one of them is killed, and nothing is lost.
+"""The demo: a worker drains a queue of real files, one of its processes is killed, and nothing is lost.
 
     python examples/demo.py [--db postgres]      drain the queue
     python examples/demo.py admin                look at what the last run has left, in Django's admin
@@ -28,12 +28,12 @@ LOGIN = ("admin", "demo")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Drain a queue of real files in several processes.")
+    parser = argparse.ArgumentParser(description="Have a worker drain a queue of real files.")
     add = parser.add_argument
     add("command", nargs="?", choices=["run", "admin"], default="run", help="default: run")
     add("--db", choices=list(DATABASES), help="default: sqlite; of admin: that of the last run")
-    add("--files", type=int, default=6000, help="at most so many; 0: all of them; default: %(default)s")
-    add("--workers", type=int, default=4, help="how many processes; default: %(default)s")
+    add("--files", type=int, default=3000, help="at most so many; 0: all of them; default: %(default)s")
+    add("--processes", type=int, default=4, help="of the worker; default: %(default)s")
     add("--folder", type=Path, default=ROOT / "build" / "demo", help="where everything is kept")
     add("--port", type=int, default=8000, help="of the admin, or another one if it is taken")
     options = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def stop(number: int, frame: object) -> None:
-    """Leave in order: workers and server are stopped. A second Ctrl-C does not cut that short."""
+    """Leave in order: worker and server are stopped. A second Ctrl-C does not cut that short."""
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number)
@@ -65,16 +65,17 @@ def run(options: argparse.Namespace) -> int:
         (options.folder / "last").write_text(name)
         paths, text = files.choose(options.files)
         print(f"Python files: {text}.")
+        print("Those that this Python can not parse end canceled, as expected: ours, and some test data.")
         large = enqueue(paths)
         print(f"{len(paths):,} documents are waiting in {DATABASES[name]}, {shown(folder)}.\n", flush=True)
 
-        drain = Drain(len(paths), large, folder / "workers.log")
-        drain.run(options.workers)
+        drain = Drain(len(paths), large, folder / "worker.log")
+        drain.run(options.processes)
         is_kept = proof.report(drain, len(paths))
     print("\nWhere to look")
     print("  make demo-admin   the documents in Django's admin")
-    print(f"  {shown(folder / 'workers.log')}   what the workers said")
-    print("  examples/documents   the code: a model, an action, a worker, an admin page")
+    print(f"  {shown(folder / 'worker.log')}   what the worker said")
+    print("  examples/documents   the code: a model, a queue, an admin page")
     return 0 if is_kept else 1
 
 
@@ -146,7 +147,7 @@ def project(name: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def database(name: str, folder: Path) -> Iterator[None]:
-    """Start the database if it has to be started, and tell the settings, here and in workers, where it is."""
+    """Start the database if it has to be started, and tell the settings, here and in processes, where."""
     if name == "sqlite":
         file = folder / "db.sqlite3"
         # The file remembers it. Before Django 5.1 the settings can not say it.

@@ -32,13 +32,13 @@ def test_a_small_demo_keeps_its_promises(tmp_path):
     assert len(documents) == 62
     assert {state for state, *_ in documents.values()} == {"4", "5"}
     check_that_invalid_files_are_canceled(documents)
-    check_that_the_task_of_the_killed_worker_is_recovered(documents, output)
+    check_that_the_tasks_of_the_killed_process_are_recovered(documents, output)
     check_that_the_admin_answers(documents, tmp_path)
 
 
 def run_demo(folder: Path) -> str:
     result = subprocess.run(
-        [*DEMO, "--files", "60", "--workers", "2", "--folder", folder],
+        [*DEMO, "--files", "60", "--processes", "2", "--folder", folder],
         cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
         stdout=subprocess.PIPE,
@@ -66,14 +66,16 @@ def check_that_invalid_files_are_canceled(documents: Documents) -> None:
         assert reason in error.splitlines()[0]
 
 
-def check_that_the_task_of_the_killed_worker_is_recovered(documents: Documents, output: str) -> None:
-    held = re.search(r"was killed while it held document (\d+)", output)
+def check_that_the_tasks_of_the_killed_process_are_recovered(documents: Documents, output: str) -> None:
+    assert re.search(r"Process \d+ of the worker (was killed|exited)", output), output
+    assert re.search(r"was killed while it ran \d+ documents:", output), output
+    held = re.findall(r"^ *[\d.]+ s +document (\d+), ", output, re.MULTILINE)
     assert held, output
-    pk = int(held[1])
-    assert f"has recovered document {pk}" in output
-    state, attempts, *_ = documents[pk]
-    # The second is for a file of the standard library's own test data that is not valid.
-    assert (state, attempts) in [("4", "2"), ("5", "3")]
+    for pk in held:
+        assert f"has recovered document {pk}" in output
+        state, attempts, *_ = documents[int(pk)]
+        # The second is for files that are not valid.
+        assert (state, attempts) in [("4", "2"), ("5", "3")]
 
 
 def check_that_the_admin_answers(documents: Documents, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import doctest
@@ -23,6 +24,8 @@ from django.test.utils import CaptureQueriesContext, isolate_apps, override_sett
 
 import modelqueue
 from modelqueue import State, Status, backoff, conf, queues, testing, verbs
+from modelqueue.fields import declared_on
+from modelqueue.management import worker
 from modelqueue.management.commands.modelqueue import Command
 from modelqueue.outcomes import Ending, Policy
 from modelqueue.source import Source
@@ -134,6 +137,8 @@ def reader(page: Any, monkeypatch: pytest.MonkeyPatch):
             for model in reversed(one.tables):
                 with connection.schema_editor() as editor:
                     editor.delete_model(model)
+            for made in set(queues._declared.values()) - set(declared.values()):
+                declared_on(made.field).remove(made)
             for name in set(sys.modules) - modules:
                 if sys.modules[name].__spec__ is None:
                     del sys.modules[name]
@@ -162,10 +167,11 @@ def test_code_on_page_runs(page, monkeypatch, settings, tmp_path):
     if name_of(page) == "docs/howto/unique.md" and not connection.features.supports_partial_indexes:
         pytest.skip("needs constraints with a condition")
     with reader(page, monkeypatch) as one:
+        one.names["INSTALLED_APPS"] = []  # of the reader's project
         if name_of(page) == "docs/index.md":  # an excerpt of the README
             import hashlib
 
-            one.names.update(hashlib=hashlib, time=time)
+            one.names["hashlib"] = hashlib
         one.read()
         check = CHECKS.get(name_of(page))
         if check:
@@ -174,32 +180,32 @@ def test_code_on_page_runs(page, monkeypatch, settings, tmp_path):
 
 def check_readme(names: dict[str, Any]) -> None:
     upload = names["Upload"].objects.create(file=ContentFile(b"hello", "hello.txt"))
-    with pytest.raises(_Idle):
-        names["Command"]().handle()
+    assert names["hash_upload"].drain() == 1
     upload.refresh_from_db()
     assert upload.status.state == State.finished
     assert upload.sha256.startswith("2cf24dba")
 
 
 def check_production(names: dict[str, Any]) -> None:
-    """SIGTERM during an action: the task is finished, no other is begun, and the command ends."""
-    uploads = names["Upload"].objects
-    for name in ("one", "two"):
-        uploads.create(file=ContentFile(b"hello", name))
-    act = names["hash_upload"]
+    """SIGTERM during an action of the loop: the task is finished, no other is begun, the command ends."""
+    check_readme(names)
+    reports = names["Report"].objects
+    for _ in range(2):
+        reports.create()
+    act = names["render"]
 
-    def hash_upload(upload: Any) -> None:
+    def render(report: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        act(upload)
+        act(report)
 
-    names["hash_upload"] = hash_upload
+    names["render"] = render
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         names["Command"]().handle()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert Status.tally(uploads, "status") == {
+    assert Status.tally(reports, "status") == {
         "created": 0, "waiting": 1, "working": 0, "finished": 1, "canceled": 0
     }  # fmt: skip
 
@@ -283,6 +289,8 @@ def as_shown(sql: str) -> str:
 
 CHECKS = {
     "README.md": check_readme,
+    "docs/index.md": check_readme,
+    "docs/introduction.md": check_readme,
     "docs/explanation/claims.md": check_claims,
     "docs/howto/production.md": check_production,
     "docs/howto/testing.md": check_testing,
@@ -298,6 +306,7 @@ def test_every_block_of_code_is_run_somewhere():
         "text",
         "sql",
         "ini",
+        "yaml",
         "eval-rst",
         "toctree",
         "glossary",
@@ -320,6 +329,18 @@ def test_package_docstring_runs_without_apps():
 
     code = "import doctest, modelqueue; raise SystemExit(doctest.testmod(modelqueue).failed)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=pages.ROOT)
+
+
+def test_commands_of_the_worker_have_options_that_exist():
+    parser = Command().create_parser("manage.py", "modelqueue")
+    found = 0
+    for page in pages.pages():
+        for block in pages.blocks(page, "console", "ini", "yaml"):
+            plain = re.sub(r'[\[\],"]', "", block.text)
+            for arguments in re.findall(r"manage\.py modelqueue (worker.*)", plain):
+                parser.parse_args(arguments.split())  # raises SystemExit
+                found += 1
+    assert found > 5
 
 
 # The reference
@@ -388,6 +409,14 @@ def table_after(text: str, header: str) -> list[list[str]]:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in lines[: next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     ]
+
+
+def test_each_option_of_the_worker_has_its_row():
+    parser = argparse.ArgumentParser(add_help=False)
+    worker.add_arguments(parser)
+    rows = table_after((REFERENCE / "worker.md").read_text(), "| option | default | |")
+    names = {re.split(r"[` ]+", option)[1] for option, *_ in rows} - {"QUEUE"}
+    assert names == {name for action in parser._actions for name in action.option_strings}
 
 
 def test_each_setting_has_its_row():

@@ -1,4 +1,4 @@
-"""Not valid Python: the parenthesis is never closed. Workers of the demo fail on it."""
+"""Not valid Python: the parenthesis is never closed. The worker of the demo fails on it."""
 
 
 def forget(what:

@@ -11,9 +11,10 @@ import django
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-# (*) SQLite has one writer at a time. So that several workers get along: begin with the write lock, and let
-# readers read meanwhile. Before Django 5.1 run "PRAGMA journal_mode=WAL" on the file once instead.
-OPTIONS: dict[str, Any] = {"timeout": 20}
+# (*) SQLite has one writer at a time. So that several processes get along: wait for it, begin with the write
+# lock, and let readers read meanwhile. Before Django 5.1 run "PRAGMA journal_mode=WAL" on the file once.
+# A task of a dead process is taken back after its lease and this timeout. A demo is short; yours may say 20.
+OPTIONS: dict[str, Any] = {"timeout": 5}
 if django.VERSION >= (5, 1):
     OPTIONS |= {
         "transaction_mode": "IMMEDIATE",
@@ -34,7 +35,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.sessions",
     "django.contrib.staticfiles",
-    "modelqueue",  # (*) only for its system checks: `manage.py check --database default`
+    "modelqueue",  # (*) the command `modelqueue worker`, and system checks
     "documents",
 ]
 

@@ -1,1 +1,1 @@
-"""The demo around the project: its input, its worker processes, the accident, and the proof at the end."""
+"""The demo around the project: its input, its worker, the accident, and the proof at the end."""

@@ -1,33 +1,42 @@
-"""Workers drain the queue, one of them is killed, and everything is written down for the proof."""
+"""A worker drains the queue, one of its processes is killed, and everything is written down for the proof."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from documents.models import Document
-from modelqueue import State, Status
+from modelqueue import Status
 from show.files import short
 from show.progress import Progress
-from show.workers import Event, Worker, Workers
+from show.worker import Line, Worker
 
 #: Seconds without any news after which the demo gives up. Recovery and retries take less.
 PATIENCE = 60
+#: Seconds after which a worker is started again, when there are documents that were not due.
+PAUSE = 1.0
+
+Say = Callable[[str], None]
 
 
 class Drain:
-    """One drain of the queue, as seen by the process that starts the workers."""
+    """One drain of the queue, as seen by the process that starts the worker."""
 
     def __init__(self, total: int, large: set[int], log: Path) -> None:
         self.attempts: Counter[int] = Counter()
-        """By primary key: the attempts that workers have reported as ended or recovered."""
-        self.killed: Worker | None = None
-        self.taken_along: Document | None = None
-        """What the killed worker held."""
-        self.recovered_by: dict[int, Worker] = {}
+        """By primary key: the attempts that were reported as ended or recovered."""
+        self.killed: int | None = None
+        """The pid of the killed process."""
+        self.taken_along: list[Document] = []
+        """What it ran. It may have claimed more, which it had no time to begin, nor to tell of."""
+        self.recovered: dict[int, int] = {}
+        """By primary key: the pid of the process that has taken the document back."""
         self.problems: list[str] = []
         self.seconds = 0.0
 
@@ -35,76 +44,110 @@ class Drain:
         self._large = large
         self._log = log
         self._lock = threading.Lock()
-        self._suspect: Worker | None = None
+        #: By pid and primary key: what a process has begun and not yet reported on, with the attempts before.
+        self._holds: defaultdict[int, dict[int, int]] = defaultdict(dict)
+        self._suspect: int | None = None
+        self._is_suspect_dead = False
         self._news: list[str] = []
         self._heard = time.monotonic()
 
-    def run(self, count: int) -> None:
-        """Start so many workers and see them to the end."""
+    def run(self, processes: int) -> None:
+        """Have a worker of so many processes drain the queue, until no document is left."""
         progress = Progress(self._total)
         try:
-            with self._log.open("w", encoding="utf-8") as log, Workers(log, self._hear) as workers:
-                for _ in range(count):
-                    workers.start()
-                pids = ", ".join(str(worker.pid) for worker in workers.started)
-                progress.say(f"{count} workers have started: pid {pids}")
-                while not all(worker.is_gone() for worker in workers.started):
-                    time.sleep(0.1)
-                    if self._suspect is not None and self._suspect.is_gone():
-                        self._inspect(self._suspect, workers, progress.say)
-                    while self._news:
-                        progress.say(self._news.pop(0))
-                    progress.show(Status.tally(Document.objects.all(), "status"))
-                    if time.monotonic() - self._heard > PATIENCE:
-                        self.problems.append(f"no worker has said anything for {PATIENCE} s")
-                        break
-                self.problems += filter(None, (worker.failure() for worker in workers.started))
+            with self._log.open("w", encoding="utf-8") as log:
+                tally = self._drain_once(processes, log, progress)
+                if tally["waiting"] or tally["working"]:
+                    progress.say("nothing more is due, so the worker has ended, but not all is done:")
+                    progress.say(f"  {tally['waiting']} documents have failed and wait for the next attempt")
+                    progress.say(f"  {tally['working']} are held by the killed process, as long as its lease")
+                    progress.say("  so the worker is started again until all is done")
+                while not self.problems and (tally["waiting"] or tally["working"]):
+                    time.sleep(PAUSE)
+                    tally = self._drain_once(processes, log, progress)
         finally:
             self.seconds = progress.seconds
             progress.close()
 
-    # While workers run; called by the threads that listen to them
+    def _drain_once(self, processes: int, log: TextIO, progress: Progress) -> dict[str, int]:
+        """See a worker to its end; return the tally after it."""
+        with Worker(processes, log, self._hear) as worker:
+            is_gone = False
+            while not is_gone:
+                time.sleep(0.1)
+                is_gone = worker.is_gone()  # before the last look, so that this misses nothing
+                while self._news:
+                    progress.say(self._news.pop(0))
+                self._inspect(progress.say)
+                tally = Status.tally(Document.objects.all(), "status")
+                progress.show(tally)
+                if time.monotonic() - self._heard > PATIENCE:
+                    self.problems.append(f"there was no news for {PATIENCE} s: {worker.last_words}")
+                    break
+        if failure := worker.failure():
+            self.problems.append(failure)
+        return tally
 
-    def _hear(self, worker: Worker, event: Event) -> None:
+    # While the worker runs; called by the thread that listens to it
+
+    def _hear(self, line: Line) -> None:
         with self._lock:
-            self._heard = time.monotonic()
-            if event["event"] == "task_claimed":
-                worker.holds = event["pk"]
-                self._kill_if_it_is_time(worker)
-                return
-            if event["event"] == "task_recovered":
-                self.recovered_by[event["pk"]] = worker
-                self._news.append(f"pid {worker.pid} has recovered document {event['pk']}: {event['state']}")
-            else:
-                worker.holds = None
-            if event["event"] != "lease_lost":  # what that attempt counts was counted by its recovery
-                self.attempts[event["pk"]] += 1
-            if event["event"] == "task_finished" and event["pk"] in self.recovered_by:
-                outcome = f"{event['state']} with {event['attempts']} attempts"
-                self._news.append(f"pid {worker.pid} has run document {event['pk']} again: {outcome}")
+            pid = line["process"]
+            if "event" in line:
+                self._heard = time.monotonic()
+                self._note(pid, line)
+            elif line["level"] == "ERROR" and f"Process {self._suspect} " in line["message"]:
+                # By the supervisor: the process is gone, so nothing more is to come from it.
+                self._is_suspect_dead = True
+                self._news.append(line["message"])
 
-    def _kill_if_it_is_time(self, worker: Worker) -> None:
-        """Kill one worker, once some work is done, when it has just claimed a large document."""
+    def _note(self, pid: int, line: Line) -> None:
+        pk = line["pk"]
+        if line["event"] == "task_claimed":
+            self._holds[pid][pk] = line["attempts"]
+            self._kill_if_it_is_time(pid, pk)
+            return
+        if line["event"] == "task_recovered":
+            self.recovered[pk] = pid
+            self._news.append(f"pid {pid} has recovered document {pk}: {line['state']}")
+        else:
+            self._holds[pid].pop(pk, None)
+        # What an attempt counts that lost its lease was counted by its recovery.
+        if line["event"] != "lease_lost" and line["outcome"] not in ("retry", "release"):
+            self.attempts[pk] += 1
+        if line["event"] == "task_finished" and pk in self.recovered:
+            outcome = f"{line['state']} with {line['attempts']} attempts"
+            self._news.append(f"pid {pid} has run document {pk} again: {outcome}")
+
+    def _kill_if_it_is_time(self, pid: int, pk: int) -> None:
+        """Kill one process, once some work is done, when it has just begun a large document."""
         done = sum(self.attempts.values()) / self._total
-        is_large = worker.holds in self._large or done > 0.8
+        is_large = pk in self._large or done > 0.8
         if self.killed is None and self._suspect is None and done > 0.2 and is_large:
-            self._suspect = worker
-            worker.kill()
+            self._suspect = pid
+            # Without a chance to tidy up. Windows has another name for that.
+            os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     # After the kill
 
-    def _inspect(self, worker: Worker, workers: Workers, say: Callable[[str], None]) -> None:
-        """See what a killed worker has left, and start another in its place."""
-        document = Document.objects.filter(pk=worker.holds or 0).first()
-        self._suspect = None
-        if document is None:
-            say(f"pid {worker.pid} was killed when it held nothing")
-        elif document.status.state == State.working:
-            self.killed, self.taken_along = worker, document
-            say(f"pid {worker.pid} was killed while it held document {document.pk}, {short(document.path)}")
-            say(f"  its status is {int(document.status)}: {document.status}")
-        else:
-            # It was quicker than the signal, only its report is missing. Another one will be caught.
-            self.attempts[document.pk] += 1
-            say(f"pid {worker.pid} was killed just after it had finished document {document.pk}")
-        say(f"  pid {workers.start().pid} takes its place")
+    def _inspect(self, say: Say) -> None:
+        """Once the killed process is gone: see what it has left."""
+        with self._lock:
+            pid = self._suspect
+            if pid is None or not self._is_suspect_dead:
+                return
+            held = self._holds.pop(pid, {})
+            documents = Document.objects.in_bulk(held)
+            # It was quicker than the signal with some of them, and only its report is missing.
+            ended = [pk for pk, attempts in held.items() if documents[pk].status.attempts > attempts]
+            self.attempts.update(ended)
+            left = [one for pk, one in documents.items() if pk not in ended]
+            self._suspect, self._is_suspect_dead = None, False
+            if not left:
+                say(f"pid {pid} was killed just after it had done what it held; it will be another")
+                return
+            self.killed, self.taken_along = pid, left
+        say(f"pid {pid} was killed while it ran {len(left)} documents:")
+        for document in left:
+            say(f"  document {document.pk}, {short(document.path)}")
+            say(f"    its status is {int(document.status)}: {document.status}")

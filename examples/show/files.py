@@ -23,7 +23,7 @@ def choose(limit: int) -> tuple[list[Path], str]:
     files = sorted(standard | packages, key=lambda file: (file.stat().st_size, file), reverse=True)
     text = (
         f"{len(standard):,} of Python's standard library, {len(packages):,} of the installed packages, "
-        f"{len(invalid)} that are not valid"
+        f"{len(invalid)} of our own that are not valid"
     )
     if 0 < limit < len(files):
         files = [files[index * len(files) // limit] for index in range(limit)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from documents.analysis import RETRY
 from documents.models import Document
+from documents.queues import RETRY
 from modelqueue import State, Status
 from show.drain import Drain
 from show.files import short
@@ -12,7 +12,7 @@ SHOWN = 6
 
 
 def broken_promises(drain: Drain, total: int) -> list[str]:
-    """Compare what stands in the database with what the workers have reported; return what is wrong."""
+    """Compare what stands in the database with what the processes have reported; return what is wrong."""
     problems = list(drain.problems)
     documents = {document.pk: document for document in Document.objects.defer("imports")}
     if len(documents) != total:
@@ -23,14 +23,13 @@ def broken_promises(drain: Drain, total: int) -> list[str]:
         if status.state not in (State.finished, State.canceled):
             problems.append(f"{about}; it is neither finished nor canceled")
         elif status.attempts != reported:
-            problems.append(f"{about}, but workers have reported {reported}")
+            problems.append(f"{about}, but reported were {reported}")
         elif status.state == State.finished and (document.error or not document.digest):
             problems.append(f"{about}; it has no facts, or an error: {document.error!r}")
         elif status.state == State.canceled and (not document.error or status.attempts != RETRY + 1):
             problems.append(f"{about}; it has no reason, or not {RETRY + 1} attempts")
-    if drain.taken_along is not None and drain.taken_along.pk not in drain.recovered_by:
-        problems.append(f"document {drain.taken_along.pk} of the killed worker was not recovered")
-    return problems
+    lost = [one.pk for one in drain.taken_along if one.pk not in drain.recovered]
+    return problems + [f"document {pk} of the killed process was not recovered" for pk in lost]
 
 
 def report(drain: Drain, total: int) -> bool:
@@ -41,21 +40,22 @@ def report(drain: Drain, total: int) -> bool:
     print(f"  {total:,} documents in {drain.seconds:.1f} s: {total / drain.seconds:,.0f} a second")
 
     canceled = Document.objects.filter(status__state="canceled").order_by("path")
-    print(f"\nCanceled after {RETRY + 1} attempts, as this Python can not parse them")
-    # Ours first: the standard library's own test data has files that are not valid, too.
+    print(f"\nCanceled after {RETRY + 1} attempts, as expected: this Python can not parse them")
+    # Ours first. The others are mostly test data of the standard library.
     for document in sorted(canceled, key=lambda document: "invalid" not in document.path)[:SHOWN]:
         print(f"  {short(document.path)}\n    {document.error.splitlines()[0]}")
     if canceled.count() > SHOWN:
         print(f"  and {canceled.count() - SHOWN} more")
 
-    print("\nThe killed worker")
-    if drain.killed is None or drain.taken_along is None:
+    print("\nThe killed process")
+    if drain.killed is None:
         print("  none could be caught while it held a document")
-    else:
-        document = Document.objects.get(pk=drain.taken_along.pk)
-        print(f"  pid {drain.killed.pid} took {short(document.path)} with it")
-        if document.pk in drain.recovered_by:
-            print(f"  pid {drain.recovered_by[document.pk].pid} recovered it; now it is {document.status}")
+    ran = {document.pk for document in drain.taken_along}
+    for document in Document.objects.filter(pk__in=ran | set(drain.recovered)):
+        what = "ran" if document.pk in ran else "had claimed"
+        print(f"  pid {drain.killed} {what} {short(document.path)}")
+        if document.pk in drain.recovered:
+            print(f"    pid {drain.recovered[document.pk]} recovered it; now it is {document.status}")
 
     problems = broken_promises(drain, total)
     if problems:

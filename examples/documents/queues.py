@@ -1,4 +1,4 @@
-"""The action of the queue: parse a file and keep what was found. And the queue's options, in one place."""
+"""The queue: what is done with a document, and how. `manage.py modelqueue worker` finds it by itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from modelqueue import backoff
 
 #: Attempts after the first one.
 RETRY = 2
-#: After this time a worker counts as dead. Longer than any attempt takes; yours will need more than seconds.
-TIMEOUT = dt.timedelta(seconds=5)
 
 
+@modelqueue.queue(
+    Document,
+    "status",
+    retry=RETRY,
+    delay=backoff.exponential(dt.timedelta(seconds=0.5)),
+    # So long the documents of a killed process are left alone. Short, as a demo is; the default is 30 s.
+    lease=dt.timedelta(seconds=5),
+    error_field="error",
+)
 def analyze(document: Document) -> None:
-    """Parse the file. `run` saves what is assigned here, together with the outcome.
+    """Parse the file. The worker saves what is assigned here, together with the outcome.
 
     There is nothing to catch: a file that can not be parsed raises, and that is a failed attempt.
     """
@@ -41,16 +48,3 @@ def imported_modules(nodes: list[ast.AST]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             modules.add("." * node.level + (node.module or ""))
     return modules
-
-
-def analyze_next() -> Document | None:
-    """Analyze the next document that is due and return it, or None when there is none."""
-    return modelqueue.run(
-        Document.objects.all(),
-        "status",
-        analyze,
-        retry=RETRY,
-        timeout=TIMEOUT,
-        delay=backoff.exponential(dt.timedelta(seconds=0.5)),
-        error_field="error",
-    )
