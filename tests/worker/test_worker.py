@@ -45,8 +45,17 @@ def test_worker_runs_what_is_declared_and_drains(workers):
     assert row(reviewed).log == ["review", "reviewed"]
     assert (stored(failing).state, stored(failing).attempts, runs(failing)) == (State.canceled, 3, 3)
     assert (stored(missing).state, stored(missing).attempts) == (State.canceled, 1)
+    assert "Serving 2 queues with 2 processes of 2 threads:\n" in worker.output
     assert "testapp.do_errand  testapp.Errand.status in default" in worker.output
+    assert "Attempts: 4 fail, 3 finish; " in worker.output
     wait_until(is_gone(worker))
+
+
+def test_drain_of_nothing_says_so(workers):
+    worker = workers.start("--drain")
+    assert worker.process.wait(60) == 0
+    assert "Nothing was due." in worker.output
+    assert "with 1 process of 4 threads" in worker.output
 
 
 def test_each_of_many_tasks_is_run_once(workers):

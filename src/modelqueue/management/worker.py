@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from django.conf import settings
@@ -12,10 +14,15 @@ from django.core.management.base import BaseCommand
 from django.db import connections
 from django.utils import autoreload
 
+from modelqueue.clock import now
 from modelqueue.management.choose import chosen_queues
+from modelqueue.management.progress import Progress
 from modelqueue.queues import Queue
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
+
+#: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
+_MOST_COUNTED = 1_000_000
 
 HELP = "run tasks"
 DESCRIPTION = (
@@ -87,6 +94,8 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
         max_seconds=options["max_seconds"],
         health_file=options["health_file"],
     )
+    if options["drain"]:
+        return drain(worker, queues, command.stdout.write)
     supervisor = Supervisor(worker, queues, command.stdout.write)
     is_to_reload = _is_to_reload(options)
     if not is_to_reload or _is_reloaded():
@@ -97,7 +106,27 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
 
 def _is_to_reload(options: dict[str, Any]) -> bool:
     asked: bool | None = options["reload"]
-    return settings.DEBUG and not options["drain"] if asked is None else asked
+    return settings.DEBUG if asked is None else asked
+
+
+def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any]) -> int:
+    """Run what is due, show how far it is, and say at the end how the attempts have ended."""
+    for line in introduction(options, queues):
+        write(line)
+    due = sum(queue.source().due(now()).order_by()[:_MOST_COUNTED].count() for queue in queues)
+    total: Counter[str] = Counter()
+    with Progress("ended", due if due < _MOST_COUNTED else None) as progress:
+
+        def ended(counts: Counter[str]) -> None:
+            total.update(counts)
+            progress.add(sum(counts.values()))
+
+        code = Supervisor(options, queues, write, ended).run()
+    outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
+    write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second." if total else "Nothing was due.")
+    if code:
+        write("Something is due still.")
+    return code
 
 
 def _is_reloaded() -> bool:
@@ -126,8 +155,8 @@ def run_with_reloader(supervisor: Supervisor) -> int:
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     """Say what is served and where."""
-    size = f"{options.processes} processes of {options.threads} threads"
-    lines = [f"Serving {len(queues)} queues with {size}:"]
+    size = f"{_plural(options.processes, 'process')} of {_plural(options.threads, 'thread')}"
+    lines = [f"Serving {_plural(len(queues), 'queue')} with {size}:"]
     for queue in queues:
         settings = connections[queue.using].settings_dict
         where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
@@ -136,6 +165,10 @@ def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
         )
     lines.append("Stop it with Ctrl-C." if not options.drain else "It stops when nothing is due.")
     return lines
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def _at_least(least: int) -> Any:

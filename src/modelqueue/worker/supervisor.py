@@ -288,12 +288,12 @@ class Supervisor:
 
     # Stopping
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_told(self, why: str = "Stopping: running tasks may end.") -> None:
         if self._stops == 0:
             return
         grace = self._options.grace if self._stops == 1 else 0.0
         if self._stopped_at is None:
-            self._say("Stopping: running tasks may end.")
+            self._say(why)
             self._stopped_at = time.monotonic()
             self._prober.stop()
         if self._stops > 1 and not self._is_stopping_now:
@@ -360,7 +360,7 @@ class Supervisor:
             self._idle_since = self._looks
         elif self._looks >= self._idle_since + 3:
             self._stops = max(self._stops, 1)
-            self._stop_if_told()
+            self._stop_if_told("Nothing is due any more.")
 
     def _is_anything_due(self) -> bool:
         try:
