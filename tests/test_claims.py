@@ -264,6 +264,9 @@ def test_error_field_that_puts_sql_around_its_value(table):
         def get_placeholder(self, value, compiler, connection):
             return "UPPER(%s)"
 
+        def get_placeholder_sql(self, value, compiler, connection):  # from Django 6.1
+            return "UPPER(%s)", [value]
+
     class ShoutedTask(models.Model):
         error = Shouted()
         status = modelqueue.StatusField()

@@ -294,7 +294,7 @@ class Engine(Session):
         old: Collection[Status | None],
         values: dict[models.Field[Any, Any], Any],
     ) -> bool:
-        if any(hasattr(field, "get_placeholder") for field in values):  # SQL around a value, to encrypt it
+        if any(map(_puts_sql_around_values, values)):
             rows = source.owner_rows().filter(is_one_of(source.field.name, old), pk=row.key)
             return rows.update(**{field.name: value for field, value in values.items()}) == 1
         with self.connection.cursor() as cursor:
@@ -498,3 +498,8 @@ class Engine(Session):
             if self.is_of_the_database_itself(error):
                 raise
             return error
+
+
+def _puts_sql_around_values(field: models.Field[Any, Any]) -> bool:
+    """Say whether a field does, to encrypt them for example; from Django 6.1 under another name."""
+    return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
