@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "build" / "coverage"
 #: The engine of two versions of a server is one: it is killed and cut off, and covered, on the newer one.
 TWIN = "postgres15"
-FAULTS = "--ignore=tests/faults"
+WITH_PROCESSES = ["--ignore=tests/faults", "--ignore=tests/worker"]
 PYTEST = ["-m", "pytest"]
 #: Takes a third longer.
 COVERED = ["-m", "coverage", "run", *PYTEST]
@@ -52,7 +52,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             with servers.start(name) as server:
-                without = [FAULTS] if is_whole and name == TWIN and FAULTS not in arguments else []
+                without = WITH_PROCESSES if is_whole and name == TWIN else []
                 code = run(name, server, options.engine, [*arguments, *without])
         except servers.Unavailable as reason:
             results[name] = f"not run: {reason}"

@@ -269,7 +269,8 @@ def queue(
         field: the name of the `StatusField`.
         name: by which commands and logs call it; ``app_label.function`` by default.
         retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
-        timeout: how long an attempt may take.
+        timeout: how long an attempt may take: `Current.deadline` tells the action. It is not enforced yet, so
+            an action that hangs keeps its slot, and its lease is renewed.
         lease: after how long without a sign of life from its worker a task is taken back, 3 s or more. A
             worker renews it every third of that. Of several queues on one field the longest counts.
         delay: how long a task waits after a failed attempt: a timedelta, or a callable
