@@ -612,14 +612,14 @@ def test_error_of_a_claim_does_not_hide_a_cancellation(monkeypatch):
 
     monkeypatch.setattr(verbs, "claim", fail)
     inside, go_on = threading.Event(), threading.Event()
-    next_claim = execution._next_claim
+    next_claim = execution.next_claim
 
     def paused(*arguments):
         inside.set()
         assert go_on.wait(60)
         return next_claim(*arguments)
 
-    monkeypatch.setattr(execution, "_next_claim", paused)
+    monkeypatch.setattr(execution, "next_claim", paused)
 
     async def main():
         attempt = asyncio.ensure_future(arun(Task.objects, "status", unexpected))
@@ -742,3 +742,27 @@ def test_error_of_the_database_in_a_claim_is_raised(monkeypatch):
 def close_shared_connection():
     """Close the connection of the thread that asgiref has for coroutines outside of `async_to_sync`."""
     asyncio.run(sync_to_async(connections.close_all)())
+
+
+def in_thread_by(call, monkeypatch):
+    """What `in_thread` returns where a function is called in this way; and how often it was called."""
+    calls = []
+    monkeypatch.setattr(threads, "sync_to_async", lambda work, **options: functools.partial(call, work))
+    result, canceled = asyncio.run(threads.in_thread(lambda: calls.append(1) or "done"))
+    return result, canceled, len(calls)
+
+
+def test_function_is_called_once_though_it_was_handed_to_a_thread_twice(monkeypatch):
+    async def twice(work):
+        work()
+        work()
+
+    assert in_thread_by(twice, monkeypatch) == ("done", None, 1)
+
+
+def test_system_that_ends_just_after_the_call_does_not_hide_what_it_returned(monkeypatch):
+    async def call_and_fail(work):
+        work()
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    assert in_thread_by(call_and_fail, monkeypatch) == ("done", None, 1)

@@ -10,6 +10,8 @@ from django.test.utils import isolate_apps
 
 import modelqueue
 from modelqueue import State, Status, run, verbs
+from modelqueue.engines.postgresql import _in_order
+from modelqueue.engines.statements import columns_of
 from modelqueue.source import Source
 from tests.actions import stored, succeed, unexpected
 from tests.faults.points import fault
@@ -299,3 +301,31 @@ def test_parameters_that_the_driver_binds_on_the_server(settings):
     finally:
         connection.close()
         connection.settings_dict["OPTIONS"] = options
+
+
+@pytest.mark.vendor("postgresql")
+def test_rows_whose_keys_have_no_order_are_in_that_of_their_status():
+    assert _in_order([({"a": 1}, 7), ({"b": 2}, 5), ({"c": 3}, 7)]) == [
+        ({"b": 2}, 5),
+        ({"a": 1}, 7),
+        ({"c": 3}, 7),
+    ]
+
+
+@isolate_apps("tests.testapp")
+def test_key_that_python_can_not_read_is_kept_as_the_database_has_it(table):
+    """The row is claimed already, and has to be given an outcome."""
+
+    class Unreadable(models.CharField):
+        def from_db_value(self, value, *arguments):
+            raise LookupError(value)
+
+    class KeyedTask(models.Model):
+        code = Unreadable(max_length=10, primary_key=True)
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(KeyedTask)
+    assert columns_of(Source.of(KeyedTask.objects, "status")).key("x") == "x"

@@ -921,3 +921,51 @@ def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_
         connection.close()
     assert (stored(paper).state, row(paper).title) == (State.working, "")
     assert [name for name, _ in events] == ["task_claimed"]
+
+
+def test_database_without_an_engine_of_its_own_trusts_what_django_knows_of_a_transaction():
+    engine = base.Engine("default")
+    with transaction.atomic():
+        assert engine.is_at(engine.mark())
+
+
+def test_attempt_that_can_not_begin_has_failed(monkeypatch):
+    """Ctrl-C in that moment, for example, when nothing of the instance is remembered yet."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attempts, "Snapshot", interrupt)
+    for atomic in (False, True):
+        task = Task.objects.create()
+        with pytest.raises(KeyboardInterrupt):
+            run(Task.objects.filter(pk=task.pk), "status", unexpected, atomic=atomic)
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_transaction_that_was_left_open_before_the_action_began_is_an_error_too():
+    Task.objects.create()
+    source = Source.of(Task.objects, "status")
+    (claim,) = verbs.claim(source)
+    error = Attempt(source, Policy(), claim).error_of_left_open(None)
+    assert isinstance(error, TransactionManagementError)
+
+
+def test_failure_to_save_of_a_task_that_somebody_has_taken_meanwhile_is_dropped(monkeypatch):
+    paper = ShoutingPaper.objects.create()
+    without_changes = Attempt.without_changes
+
+    def lose_it(self, outcome, error):
+        ShoutingPaper.objects.update(status=Status.canceled(5))
+        return without_changes(self, outcome, error)
+
+    monkeypatch.setattr(Attempt, "without_changes", lose_it)
+
+    def change(paper):
+        paper.title = "x"
+
+    monkeypatch.setattr(ShoutingPaper, "save", raising(ValueError("no")))
+    with heard("lease_lost", "task_finished") as events, pytest.raises(ValueError, match="no"):
+        run(ShoutingPaper.objects, "status", change)
+    assert [(name, facts["outcome"]) for name, facts in events] == [("lease_lost", "fail")]
+    assert stored(paper) == Status.canceled(5)

@@ -13,11 +13,8 @@ from modelqueue import State, Status, leases, verbs
 from modelqueue.leases import Keeper
 from tests.actions import SECOND, heard, stored
 from tests.processes import wait_until
-from tests.test_queues import declare
 from tests.testapp.models import Errand, Paper, Task
 from tests.testapp.queues import do_errand
-
-__all__ = ["declare"]
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -1,7 +1,7 @@
 """Prepared statements of PostgreSQL: which, how long, and in a session that does not have them any more."""
 
 import pytest
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import State, Status, run
@@ -146,3 +146,23 @@ def test_other_errors_are_raised():
     finally:
         with connection.cursor() as cursor:
             cursor.execute("ALTER TABLE testapp_job DROP CONSTRAINT none_ends")
+
+
+class Refusing:
+    """A cursor whose every statement ends with an error that is not expected."""
+
+    def execute(self, sql):
+        raise OperationalError(sql)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: prepared._prepare(Refusing(), "name", "SELECT 1", []),
+        lambda: prepared._forget(Refusing(), "name"),
+    ],
+    ids=["prepare", "forget"],
+)
+def test_other_errors_of_preparing_are_raised(call):
+    with pytest.raises(OperationalError):
+        call()

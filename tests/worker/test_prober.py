@@ -14,11 +14,8 @@ from modelqueue.worker.database_clock import DatabaseClock
 from modelqueue.worker.prober import Prober
 from tests.actions import SECOND, succeed
 from tests.faults.harm import end_session
-from tests.test_queues import declare
 from tests.testapp.models import Errand, Task
 from tests.testapp.queues import do_errand, review
-
-__all__ = ["declare"]
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

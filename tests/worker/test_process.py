@@ -19,11 +19,8 @@ from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from tests.actions import stored, unexpected
 from tests.processes import wait_until
-from tests.test_queues import declare
 from tests.testapp.models import Errand, Job, Task
 from tests.testapp.queues import do_errand, review
-
-__all__ = ["declare"]
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
