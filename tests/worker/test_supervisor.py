@@ -1,0 +1,307 @@
+"""The supervisor with processes that the test plays: what it does when they die, hang or say something."""
+
+import multiprocessing
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from django.db import OperationalError
+
+from modelqueue import Status, verbs
+from modelqueue.engines import Candidate
+from modelqueue.worker import supervisor as module
+from modelqueue.worker.options import Options
+from modelqueue.worker.running import Left
+from modelqueue.worker.supervisor import Child, Supervisor
+from tests.actions import stored
+from tests.processes import wait_until
+from tests.testapp.models import Errand
+from tests.testapp.queues import do_errand, review
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class Played(Child):
+    """A process that does what the test says."""
+
+    started = []
+
+    def __init__(self, options):
+        self.pipe, self.theirs = multiprocessing.Pipe()
+        self._lives, self._death = multiprocessing.Pipe(duplex=False)
+        self.process = SimpleNamespace(
+            exitcode=None, sentinel=self._lives, join=lambda timeout=None: None, kill=lambda: self.die(-9)
+        )
+        self.pid = 10**9 + len(self.started)  # of no process
+        self.began = time.monotonic()
+        self.is_ready = self.is_stopping = False
+        self.reason = self.kill_at = None
+        self.left = []
+        self.running = self._unanswered = 0
+        self.answers = True
+        self.heard = []
+        self.started.append(self)
+
+    def say(self, *message):
+        self.theirs.send(message)
+
+    def listen(self):
+        """Hear what the supervisor has sent, and answer, as a sound process does."""
+        while self.process.exitcode is None and self.theirs.poll():
+            self.heard.append(self.theirs.recv())
+            if self.answers:
+                self.say("answer", 0)
+
+    def die(self, code):
+        if self.process.exitcode is None:
+            self.process.exitcode = code
+            self._death.close()
+
+    def kill(self):
+        self.process.kill()
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Start a supervisor in a thread; return a namespace with it, and with what it says and its processes."""
+    monkeypatch.setattr(Played, "started", [])
+    monkeypatch.setattr(module, "Child", Played)
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "_EXTRA", 0.2)
+    started = []
+
+    def play(told=None, **options):
+        said, counts = [], []
+        settings = Options(names=("testapp.do_errand", "testapp.review"), **{"grace": 0.2, **options})
+        one = Supervisor(settings, [do_errand, review], told or said.append, counts.append)
+        codes = []
+
+        def run():
+            codes.append(one.run(handle_signals=False))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        game = SimpleNamespace(
+            supervisor=one, said=said, counts=counts, codes=codes, thread=thread, children=Played.started
+        )
+        started.append(game)
+        wait_until(lambda: len(game.children) == settings.processes or not thread.is_alive())
+        return game
+
+    yield play
+    for game in started:
+        game.supervisor.stop()
+        wait_until(lambda game=game: end_all(game) or not game.thread.is_alive())
+
+
+def end_all(game):
+    for child in game.children:
+        child.die(0)
+
+
+def test_process_that_died_is_replaced_and_that_is_told(play):
+    game = play()
+    game.children[0].die(-11)
+    wait_until(lambda: len(game.children) == 2)
+    assert "was killed by SIGSEGV. The next one starts in" in game.said[0]
+
+
+def test_process_that_dies_again_and_again_is_replaced_ever_more_slowly(play, monkeypatch):
+    game = play()
+    for count in range(2, 5):
+        game.children[-1].die(1)
+        wait_until(lambda count=count: len(game.children) == count)
+    assert [text[-6:] for text in game.said] == ["0.0 s.", "0.0 s.", "0.0 s."]
+    monkeypatch.setattr(module, "_SOUND", 0.0)
+    game.children[-1].die(3)
+    wait_until(lambda: game.supervisor._deaths == 1)
+    assert "exited with code 3" in game.said[-1]
+
+
+def test_process_that_is_full_is_replaced_without_a_pause(play):
+    game = play()
+    game.children[0].say("full", "has run 5 tasks")
+    wait_until(lambda: game.children[0].reason)
+    game.children[0].die(0)
+    wait_until(lambda: len(game.children) == 2)
+    assert game.said == [f"Process {game.children[0].pid} has run 5 tasks and is replaced."]
+
+
+def test_full_process_has_only_the_grace_time_when_the_worker_is_stopped(play):
+    game = play()
+    game.children[0].say("full", "has run 5 tasks")
+    wait_until(lambda: game.children[0].reason)
+    game.supervisor.stop()
+    wait_until(lambda: not game.thread.is_alive())
+    assert game.children[0].process.exitcode == -9
+    assert game.codes == [0]
+
+
+def test_outcomes_are_passed_on(play):
+    game = play()
+    game.children[0].say("ended", {"finish": 3})
+    wait_until(lambda: game.counts == [{"finish": 3}])
+
+
+def test_due_tasks_are_told_to_one_process_and_then_to_all(play):
+    game = play(processes=2)
+    for child in game.children:
+        child.say("ready")
+    wait_until(lambda: all(child.is_ready for child in game.children))
+    Errand.objects.create()
+    named = ["testapp.do_errand"]
+
+    def told():
+        for child in game.children:
+            child.listen()
+        return [("due", named) in child.heard for child in game.children]
+
+    assert wait_until(lambda: any(told()) and told()) in ([True, False], [False, True], [True, True])
+    wait_until(lambda: all(told()))
+
+
+def test_abandoned_tasks_are_told_to_one_process(play):
+    game = play(processes=2)
+    for child in game.children:
+        child.say("ready")
+    Errand.objects.create(status=Status.working(5))
+
+    def told():
+        for child in game.children:
+            child.listen()
+        return [message for child in game.children for message in child.heard if message[0] == "recover"]
+
+    assert wait_until(told)[0] == ("recover", ["testapp.do_errand"])
+
+
+def test_process_that_does_not_listen_is_told_no_more(play):
+    game = play()
+    child = game.children[0]
+    child.answers = False
+    child.say("ready")
+    Errand.objects.create()
+    wait_until(lambda: child._unanswered >= 8)
+    time.sleep(0.3)
+    child.listen()
+    assert len(child.heard) == 8
+    game.supervisor.stop()
+    wait_until(lambda: child.listen() or ("stop", 0.2) in child.heard)
+
+
+def test_process_that_does_not_stop_is_killed(play):
+    game = play()
+    game.supervisor.stop()
+    wait_until(lambda: not game.thread.is_alive())
+    assert game.said[0] == "Stopping: running tasks may end."
+    assert "does not stop and is killed" in game.said[1]
+
+
+def test_second_stop_leaves_no_grace(play):
+    game = play(grace=60.0)
+    game.supervisor.stop()
+    game.supervisor.stop()
+    wait_until(lambda: not game.thread.is_alive())
+    assert "Stopping now." in game.said
+
+
+def left_by(child, errand):
+    row = Candidate(errand.pk, errand.pk, Status.waiting(5))
+    return Left("testapp.do_errand", row, {errand.status})
+
+
+def test_what_a_dead_process_has_left_is_given_back(play):
+    game = play()
+    errand = Errand.objects.create(status=Status.working())
+    game.children[0].say("left", [left_by(game.children[0], errand)])
+    wait_until(lambda: game.children[0].left)
+    assert stored(errand) == errand.status  # it lives
+    game.children[0].die(0)
+    wait_until(lambda: stored(errand) == Status.waiting(5))
+
+
+def test_what_can_not_be_given_back_is_left_to_its_recovery(play, monkeypatch, caplog):
+    def fail(*arguments):
+        raise OperationalError("away")
+
+    monkeypatch.setattr(verbs, "release", fail)
+    game = play()
+    errand = Errand.objects.create(status=Status.working())
+    game.children[0].say("left", [left_by(game.children[0], errand)])
+    wait_until(lambda: game.children[0].left)
+    game.children[0].die(0)
+    wait_until(lambda: len(game.children) == 2)
+    assert "can not be given back" in caplog.text
+
+
+def test_living_process_whose_fork_server_died_is_not_taken_for_dead(play, monkeypatch):
+    """multiprocessing says that it has ended; what it runs must not be given back."""
+    lives = [True]
+    monkeypatch.setattr(module, "is_alive", lambda pid: lives[0])
+    game = play()
+    child = game.children[0]
+    child.process.exitcode = 255
+    child._death.close()
+    wait_until(lambda: child.is_stopping)
+    assert len(game.children) == 1
+    lives[0] = False
+    wait_until(lambda: len(game.children) == 2)
+
+
+def test_process_that_can_not_be_started_is_tried_again(play, monkeypatch):
+    failures = [OSError("no more processes")]
+    make = Played.__init__
+
+    def fail_once(self, options):
+        if failures:
+            raise failures.pop()
+        make(self, options)
+
+    monkeypatch.setattr(Played, "__init__", fail_once)
+    game = play()
+    assert game.said[0] == "A process can not be started: no more processes."
+
+
+def test_listener_that_is_gone_ends_nothing(play):
+    def broken(text):
+        raise BrokenPipeError
+
+    game = play(told=broken)
+    game.children[0].die(1)
+    wait_until(lambda: len(game.children) == 2)
+
+
+def test_error_of_its_own_leaves_no_process_behind(play, monkeypatch):
+    game = play()
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(game.supervisor, "_write_health", lambda: 1 / 0)
+    wait_until(lambda: not game.thread.is_alive())
+    assert game.children[0].process.exitcode == -9
+
+
+@pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 1)])
+def test_drain_ends_when_nothing_is_due_and_no_process_is_at_work(left_due, code, play):
+    game = play(drain=True)
+    child = game.children[0]
+    child.say("ready")
+    wait_until(lambda: child.is_ready)
+    child.say("answer", 1)
+    time.sleep(0.6)
+    assert game.thread.is_alive()  # it is at work
+    child.say("answer", 0)
+    wait_until(lambda: child.listen() or any(message[0] == "stop" for message in child.heard))
+    if left_due:
+        Errand.objects.create()
+    child.die(0)
+    wait_until(lambda: game.codes == [code])
+    assert game.said == ["Nothing is due any more."]
+
+
+def test_end_of_a_drain_that_can_not_be_seen_is_none(monkeypatch):
+    one = Supervisor(Options(names=("testapp.do_errand",), drain=True), [do_errand])
+
+    def away():
+        raise OperationalError("away")
+
+    monkeypatch.setattr(one._prober, "look", away)
+    assert one._is_anything_due()

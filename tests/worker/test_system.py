@@ -1,0 +1,84 @@
+"""What differs between operating systems: signals, memory, how processes end."""
+
+import builtins
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from modelqueue.worker import system
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (None, "has vanished"),
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
+        (-signal.SIGTERM, "was killed by SIGTERM"),
+        (-9, "was killed by SIGKILL, by somebody or because memory ran out"),
+        (-200, "was killed by signal 200"),
+    ],
+)
+def test_end_of_a_process_in_words(code, words):
+    assert system.describe_exit(code) == words
+
+
+def test_memory_of_this_process():
+    assert 10 < system.memory() < 10_000
+
+
+def test_memory_is_the_peak_where_the_system_tells_no_more(monkeypatch):
+    def no_file(*arguments, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(builtins, "open", no_file)
+    assert 10 < system.memory() < 10_000
+    monkeypatch.setattr(sys, "platform", "darwin")  # which counts in bytes
+    assert system.memory() < 10
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert system.memory() is None
+
+
+def test_process_is_alive_until_it_is_gone(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert system.is_alive(child.pid)
+    child.communicate(b"\n")
+    assert not system.is_alive(child.pid)
+
+    def forbidden(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)  # of somebody else
+    assert system.is_alive(1)
+
+
+def test_processes_are_spawned_where_there_is_no_fork_server(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert system.context().get_start_method() == "spawn"
+    monkeypatch.setitem(sys.modules, "multiprocessing.forkserver", None)
+    system.start_fork_server()
+
+
+@posix
+def test_stop_signals_are_handled_and_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    calls = []
+    restore = system.on_stop_signals(lambda: calls.append(1))
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert calls == [1, 1]
+        system.leave_stop_signals_to_the_supervisor()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert calls == [1, 1]
+        system.start_fork_server()
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+    finally:
+        restore()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
