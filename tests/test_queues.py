@@ -8,7 +8,7 @@ import pytest
 from asgiref.sync import async_to_sync
 
 import modelqueue
-from modelqueue import State, Status, queues
+from modelqueue import State, Status, clock, queues
 from modelqueue.fields import declared_on
 from tests.actions import MILLISECOND, SECOND, heard, row, stored, succeed
 from tests.testapp.models import Errand, Job, Paper, PlainJob, PrintJob, ProxyJob, Task
@@ -269,6 +269,34 @@ def test_task_that_somebody_has_taken_is_not_released():
     Errand.objects.update(status=Status.canceled(5))
     assert do_errand.release(task) is False
     assert stored(task) == Status.canceled(5)
+
+
+def test_row_that_can_not_be_claimed_as_an_instance_has_failed(monkeypatch):
+    broken, sound = Errand.objects.create(), Errand.objects.create()
+    from_db = Errand.from_db.__func__
+
+    def fail_for_one(cls, using, names, values):
+        if values[list(names).index("id")] == broken.pk:
+            raise LookupError
+        return from_db(cls, using, names, values)
+
+    monkeypatch.setattr(Errand, "from_db", classmethod(fail_for_one))
+    assert do_errand.claim(2) == [sound]
+    monkeypatch.undo()
+    assert (stored(broken).state, stored(broken).attempts) == (
+        State.canceled,
+        1,
+    )  # LookupError is in cancel_on
+
+
+def test_task_is_not_given_back_while_its_lease_is_in_the_future(monkeypatch):
+    """The clock was set back. The same lease could come up again."""
+    Errand.objects.create(status=Status.waiting(5))
+    (task,) = do_errand.claim()
+    lease = stored(task)
+    with clock.use(lambda: dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)):
+        assert do_errand.release(task) is False
+    assert stored(task) == lease
 
 
 EACH = [Status.combine(state, 5, attempts) for attempts, state in enumerate(Status.states)]

@@ -12,9 +12,9 @@ from django.db import OperationalError, connections, transaction
 
 import modelqueue
 from modelqueue import State, Status, leases, verbs
-from modelqueue.attempts import Attempt
+from modelqueue.attempts import AsyncAttempt, Attempt
+from modelqueue.worker import loop, threads
 from modelqueue.worker import process as process_module
-from modelqueue.worker import threads
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from tests.actions import stored, unexpected
@@ -326,6 +326,31 @@ def test_coroutine_that_is_canceled_by_itself_has_failed(start, declare):
     task = Task.objects.create()
     start("tasks")
     wait_until(lambda: stored(task).state == State.canceled)
+
+
+def test_coroutine_that_is_canceled_before_it_has_begun_is_given_back(start, monkeypatch):
+    """Its slot would be taken for ever."""
+    begin = loop.Loop._begin
+
+    def begin_and_cancel(self, running):
+        begin(self, running)
+        self._cancel(running)
+
+    monkeypatch.setattr(loop.Loop, "_begin", begin_and_cancel)
+    errand = make(status=NOT_TO_DO, review_status=Status.waiting(5))
+    process = start("testapp.review")
+    wait_until(lambda: process.ended() == {"release": 1})
+    assert stored(errand, "review_status") == Status.waiting(5)
+
+
+def test_coroutine_that_fails_by_a_fault_of_ours_is_a_failed_attempt(start, monkeypatch):
+    async def fail(self, action, task):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(AsyncAttempt, "await_action", fail)
+    errand = make(status=NOT_TO_DO, review_status=Status.waiting(5, 3))
+    start("testapp.review")
+    wait_until(lambda: stored(errand, "review_status").state == State.canceled)
 
 
 def test_task_that_can_not_be_begun_is_given_back(start, monkeypatch, caplog):

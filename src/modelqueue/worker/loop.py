@@ -7,6 +7,7 @@ import threading
 from typing import Any, cast
 
 from modelqueue.attempts import AsyncAttempt
+from modelqueue.threads import Kept
 from modelqueue.worker.completer import Completer
 from modelqueue.worker.running import Running
 
@@ -19,7 +20,7 @@ class Loop:
     def __init__(self, completer: Completer) -> None:
         self._completer = completer
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: dict[Running, asyncio.Task[None]] = {}
+        self._tasks: dict[Running, asyncio.Task[Kept[BaseException | None]]] = {}
         #: Whom we have canceled: else it was the action itself, and that is a failure.
         self._canceled: set[Running] = set()
 
@@ -47,7 +48,11 @@ class Loop:
         loop.run_forever()
 
     def _begin(self, running: Running) -> None:
-        self._tasks[running] = asyncio.ensure_future(self._run(running))
+        attempt = cast("AsyncAttempt[Any]", running.attempt)
+        task = asyncio.ensure_future(attempt.await_action(running.lane.queue.action, attempt.task))
+        self._tasks[running] = task
+        # Not at the end of a coroutine of ours: one that is canceled before it has begun is not run at all.
+        task.add_done_callback(lambda task: self._end(running, task))
 
     def _cancel(self, running: Running) -> None:
         task = self._tasks.get(running)
@@ -59,17 +64,16 @@ class Loop:
         for running in list(self._tasks):
             self._cancel(running)
 
-    async def _run(self, running: Running) -> None:
-        attempt = cast("AsyncAttempt[Any]", running.attempt)
+    def _end(self, running: Running, task: asyncio.Task[Kept[BaseException | None]]) -> None:
         error: BaseException | None
-        try:
-            error, canceled = await attempt.await_action(running.lane.queue.action, attempt.task)
+        if task.cancelled():
+            error = asyncio.CancelledError()
+        elif (error := task.exception()) is None:
+            error, canceled = task.result()
             error = error or canceled
-        except BaseException as unexpected:
-            error = unexpected
         if isinstance(error, asyncio.CancelledError) and running not in self._canceled:
             wrong = RuntimeError("The action was canceled, by itself or by what it awaited.")
             wrong.__cause__, error = error, wrong
         self._canceled.discard(running)
-        self._tasks.pop(running, None)
+        del self._tasks[running]
         self._completer.put(running, error)
