@@ -76,7 +76,9 @@ def start(monkeypatch):
     for one in started:
         if one.thread.is_alive():
             one.stop(0.0)
-    leases._keepers.clear()
+    for keeper in leases._keepers.values():  # of tasks that were left: else they are renewed for ever
+        for group in keeper._groups.values():
+            group.held.clear()
 
 
 def make(title="", **options):
