@@ -285,6 +285,7 @@ class Supervisor:
                 logger.exception(
                     "%s %s can not be given back; it is recovered later.", task.queue, task.row.pk
                 )
+        connections.close_all()  # those of this thread
 
     # Stopping
 
