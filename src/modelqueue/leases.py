@@ -1,4 +1,4 @@
-"""Keeping the leases of running tasks alive: one thread per process renews them all.
+"""Keeping the leases of running tasks alive: one thread per process and database renews them all.
 
 A lease says that a worker lives. It is renewed every third of its length, all leases of a queue in one
 statement, by a thread of its own, so that no action can hold it up. A renewal changes the number that stands

@@ -231,6 +231,45 @@ def test_process_that_is_to_be_replaced_says_why_and_stops(options, reason, star
     assert do_errand.tally()["working"] == 0
 
 
+def end_as_supervisor(process):
+    process.pipe.close()
+
+
+def tell_to_stop(process):
+    process.pipe.send(("stop", 1.0))
+
+
+@pytest.mark.parametrize("end", [end_as_supervisor, tell_to_stop])
+def test_process_that_is_being_replaced_has_the_grace_time_from_when_it_is_told(end, start, declare):
+    """It may take its time as long as nobody wants to stop; what runs then is not interrupted at once."""
+    declare(Task, "status", name="tasks")(doze)
+    task = Task.objects.create(data="1.2")
+    process = start("tasks", max_seconds=0.1, grace=1.0)
+    wait_until(lambda: stored(task).state == State.working)
+    process.wait_for("full")
+    time.sleep(0.5)
+    end(process)
+    process.thread.join(30)
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+
+
+def test_process_that_is_being_replaced_outlives_its_supervisor_by_the_grace_time_alone(start, declare):
+    declare(Task, "status", name="tasks")(doze)
+    task = Task.objects.create(data="60", status=Status.waiting(5))
+    process = start("tasks", max_seconds=0.1, grace=0.2)
+    wait_until(lambda: stored(task).state == State.working)
+    process.wait_for("full")
+    process.pipe.close()
+    process.thread.join(30)
+    assert stored(task) == Status.waiting(5)
+
+
+def doze(task):
+    until = time.monotonic() + float(task.data)
+    while time.monotonic() < until:
+        time.sleep(0.01)
+
+
 # The database is away
 
 

@@ -58,22 +58,22 @@ class Process:
         self._loop = Loop(self._completer)
         self._claimer = Claimer(self._slots, self._register, self._threads, self._loop, self._completer)
         self._began = time.monotonic()
-        self._grace: float | None = None
-        """Seconds in which to stop; None: not yet."""
+        self._deadline: float | None = None
+        """Until when running actions may end, by the monotonic clock; None: it is not to stop yet."""
 
     def run(self) -> None:
         self._receive(0)  # perhaps it is to stop already
-        if self._grace is None:
+        if self._deadline is None:
             self._completer.start()
             self._claimer.start()
             self._send("ready")
-        while self._grace is None:
+        while self._deadline is None:
             self._receive(_TICK)
             self._report()
             self._end_if_broken()
-            if self._grace is None and (reason := self._reason_to_be_replaced()):
+            if self._deadline is None and (reason := self._reason_to_be_replaced()):
                 self._send("full", reason)
-                self._grace = math.inf  # what it runs may end, however long it takes
+                self._deadline = math.inf  # what it runs may end, however long it takes
         if self._claimer.is_started:
             self._stop()
 
@@ -92,9 +92,9 @@ class Process:
                 return
             message, *arguments = self._pipe.recv()
         except (EOFError, OSError):
-            if self._grace is None:
+            if self._deadline in (None, math.inf):
                 logger.warning("The supervisor of this process is gone, so it stops.")
-                self._grace = self._options.grace
+                self._deadline = time.monotonic() + self._options.grace
             time.sleep(seconds)
             return
         if message == "due":
@@ -102,7 +102,8 @@ class Process:
         elif message == "recover":
             self._slots.recover(*arguments)
         elif message == "stop":
-            (self._grace,) = arguments
+            (grace,) = arguments
+            self._deadline = time.monotonic() + grace
         self._send("answer", self._slots.running)
 
     def _send(self, *message: Any) -> None:
@@ -128,8 +129,7 @@ class Process:
     def _stop(self) -> None:
         """Finish what runs within the grace time, then interrupt it; what does not end is left."""
         self._claimer.stop()
-        began = time.monotonic()
-        while not self._has_ended() and time.monotonic() - began < (self._grace or 0.0):
+        while not self._has_ended() and time.monotonic() < (self._deadline or 0.0):
             self._receive(0)
             self._report()
         self._claimer.join(_LAST_MOMENTS)  # it may have claimed in the last moment

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from django.db import connections
-from django.db.utils import Error
 
 from modelqueue import verbs
 from modelqueue.queues import Queue
@@ -366,7 +365,8 @@ class Supervisor:
     def _is_anything_due(self) -> bool:
         try:
             due, _ = self._prober.look()
-        except Error:
+        except Exception:  # whatever it is, nobody knows that nothing is
+            logger.exception("Whether something is due can not be seen.")
             return True
         return bool(due)
 

@@ -49,8 +49,8 @@ class Threads:
                 self._idle -= 1
             else:
                 thread = _Thread(self)
+                thread.start()  # which fails where the system gives no more
                 self._threads.append(thread)
-                thread.start()
         self._claimed.put(running)
 
     def interrupt(self) -> None:
