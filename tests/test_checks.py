@@ -11,7 +11,8 @@ from django.test.utils import isolate_apps
 
 import modelqueue.checks
 from modelqueue import State, Status, StatusField
-from tests.testapp.models import Task
+from tests.actions import SECOND, succeed
+from tests.testapp.models import Job, Task
 
 ALWAYS = {"condition" if django.VERSION >= (5, 1) else "check": models.Q(pk__gt=0)}
 
@@ -26,6 +27,51 @@ def warnings(field, **options):
     assert all(isinstance(message, checks.Warning) and message.hint for message in found)
     assert all(message.obj is model._meta.get_field("status") for message in found)
     return {message.id: f"{message.msg} {message.hint}" for message in found}
+
+
+# Declared queues
+
+
+def queue_warnings():
+    found = modelqueue.checks.check_queues()
+    assert all(message.hint for message in found)
+    return {message.id: message.msg for message in found}
+
+
+def test_queues_that_share_no_task_get_no_warning(declare):
+    declare(Task.objects.filter(data="a"), "status", name="a", delay=SECOND, retry=None)(succeed)
+    declare(Task.objects.filter(data="b"), "status", name="b")(succeed)
+    declare(Job, "status", name="jobs")(succeed)
+    declare(Job, "review_status", name="reviews")(succeed)
+    assert queue_warnings() == {}
+
+
+def test_queue_that_tries_without_end_and_pause_is_w008(declare):
+    declare(Task, "status", name="endless", retry=None)(succeed)
+    [(identity, text)] = queue_warnings().items()
+    assert identity == "modelqueue.W008"
+    assert text.startswith("The queue 'endless' (")
+    assert "without a pause" in text
+
+
+def test_two_queues_of_the_same_tasks_are_w009(declare):
+    declare(Task, "status", name="one")(succeed)
+    declare(Task.objects, "status", name="two")(succeed)
+    [(identity, text)] = queue_warnings().items()
+    assert identity == "modelqueue.W009"
+    assert text.startswith("The queues 'one' (")
+    assert "both have all tasks of testapp.Task.status" in text
+
+
+def test_queue_whose_tasks_can_not_be_asked_for_any_more_is_e002(declare):
+    answers = [Task.objects.all(), Task.objects.all(), None]
+    declare(lambda: answers.pop(0), "status", name="broken")(succeed)
+    while len(answers) > 1:
+        answers.pop(0)
+    [(identity, text)] = queue_warnings().items()
+    assert identity == "modelqueue.E002"
+    assert text.startswith("The queue 'broken' (")
+    assert "None" in text
 
 
 # Fields

@@ -1,4 +1,4 @@
-"""System checks of the settings and the databases, run where ``modelqueue`` is in INSTALLED_APPS.
+"""System checks of the settings, the queues and the databases, run where ``modelqueue`` is in INSTALLED_APPS.
 
 Those of the databases are warnings: with any of them the queue is correct, and slower or less patient than
 it could be.
@@ -17,14 +17,66 @@ from django.db import connections, router
 
 from modelqueue import conf
 from modelqueue.fields import StatusField
+from modelqueue.queues import Queue, declared_queues
+from modelqueue.status import ZERO_SECS
 
-__all__ = ["check_databases", "check_settings"]
+__all__ = ["check_databases", "check_queues", "check_settings"]
 
 
 @register()
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Check the project's setting MODELQUEUE."""
     return [checks.Error(problem, hint=cure, id="modelqueue.E001") for problem, cure in conf.problems()]
+
+
+@register()
+def check_queues(**kwargs: Any) -> list[CheckMessage]:
+    """Check the declared queues, for what can be seen only when all of them are known, and all apps ready."""
+    messages: list[CheckMessage] = []
+    everything: dict[tuple[Any, ...], Queue[Any]] = {}
+    for queue in declared_queues():
+        messages += _check_pause(queue)
+        try:
+            source = queue.source()
+        except Exception as error:
+            messages.append(_broken_source(queue, error))
+            continue
+        if not source.queryset.query.where:
+            key = source.field, source.model._meta.concrete_model, source.using
+            other = everything.setdefault(key, queue)
+            if other is not queue:
+                messages.append(_same_tasks(queue, other))
+    return messages
+
+
+def _check_pause(queue: Queue[Any]) -> list[CheckMessage]:
+    if queue.policy.retry is not None or queue.policy.delay != ZERO_SECS:
+        return []
+    return [
+        checks.Warning(
+            f"The queue {queue.name!r} ({queue.where}) has retry=None and no delay, so a task that always "
+            "fails is run without end and without a pause.",
+            hint="Give it a delay, for example modelqueue.backoff.exponential(timedelta(seconds=10)).",
+            id="modelqueue.W008",
+        )
+    ]
+
+
+def _broken_source(queue: Queue[Any], error: Exception) -> CheckMessage:
+    return checks.Error(
+        f"The queue {queue.name!r} ({queue.where}) has no tasks to look for: {error}",
+        hint="What it is declared over has to give a queryset of its model each time.",
+        id="modelqueue.E002",
+    )
+
+
+def _same_tasks(queue: Queue[Any], other: Queue[Any]) -> CheckMessage:
+    return checks.Warning(
+        f"The queues {other.name!r} ({other.where}) and {queue.name!r} ({queue.where}) both have all "
+        f"tasks of {queue.field}. Each task is run once, by the one that happens to claim it.",
+        hint="Declare them over querysets that share no task, or give one of them a status field of its own.",
+        id="modelqueue.W009",
+    )
 
 
 @register(Tags.database)
