@@ -324,7 +324,7 @@ def test_action_without_queries_opens_no_connection(monkeypatch):
     arun_once(Task.objects, act)
     arun_once(Task.objects, succeed)
     assert opened == []
-    wait_until(lambda: threading.active_count() == threads)
+    wait_until(lambda: threading.active_count() <= threads)  # one that was there may have ended
 
 
 def test_action_inside_a_request_has_its_own_thread_if_asgiref_can():
