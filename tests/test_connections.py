@@ -398,7 +398,7 @@ def test_what_became_of_a_lost_task_is_asked_again(monkeypatch):
 
 
 def test_database_that_does_not_come_back_raises_in_the_end(monkeypatch):
-    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
+    monkeypatch.setattr(sessions.Session, "patience", 0.2)
     task = Task.objects.create()
     lose_answer(monkeypatch, "write_status", count=1_000_000)
     with pytest.raises(OperationalError, match="server closed the connection"):
@@ -533,7 +533,7 @@ def test_outcome_that_was_rolled_back_is_computed_anew(monkeypatch):
 @pytest.mark.usefixtures("step_by_step")
 @pytest.mark.usefixtures("asks_again")
 def test_error_to_be_tried_again_is_raised_in_the_end(monkeypatch):
-    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
+    monkeypatch.setattr(sessions.Session, "patience", 0.2)
     task = Task.objects.create()
     calls = fail_first(monkeypatch, engine_class(), "_lock", 1_000_000)
     before = time.monotonic()
@@ -546,7 +546,7 @@ def test_error_to_be_tried_again_is_raised_in_the_end(monkeypatch):
 
 @pytest.mark.usefixtures("asks_again")
 def test_outcome_that_can_not_be_written_for_long_is_no_failure_of_the_action(monkeypatch):
-    monkeypatch.setattr(sessions, "PATIENCE", 0.1)
+    monkeypatch.setattr(sessions.Session, "patience", 0.1)
     task = Task.objects.create()
 
     def action(task):
@@ -893,7 +893,7 @@ SHORT_WAIT = {
 @pytest.mark.parametrize("change", [False, True], ids=["status only", "changes"])
 def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_session, vendor, monkeypatch):
     """Who is in the way is not the fault of the task. It is taken back when its lease runs out."""
-    monkeypatch.setattr(sessions, "PATIENCE", 0.2)
+    monkeypatch.setattr(sessions.Session, "patience", 0.2)
     paper = Paper.objects.create()
 
     def act(paper):

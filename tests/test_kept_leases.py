@@ -10,6 +10,7 @@ from django.db import OperationalError, connection, transaction
 
 import modelqueue
 from modelqueue import State, Status, leases, verbs
+from modelqueue.engines import Engine, engine_for
 from modelqueue.leases import Keeper
 from tests.actions import SECOND, heard, stored
 from tests.processes import wait_until
@@ -206,3 +207,63 @@ def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, mon
         made.run()
         wait_until(lambda: own._thread is None)
     assert made.tally()["finished"] == 2
+
+
+def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(declare, monkeypatch):
+    """Which takes long where there is one writer at a time."""
+    hold = Engine.hold
+
+    def hold_when_renewed(engine, source, row, leases):
+        if len(seen) < 2:
+            seen.add(stored(task))
+            raise OperationalError("busy")
+        return hold(engine, source, row, leases)
+
+    seen = set()
+    monkeypatch.setattr(Engine, "hold", hold_when_renewed)
+    monkeypatch.setattr(type(engine_for("default")), "is_try_again", lambda engine, error: True)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND, atomic=True)(lambda task: None)
+    task = Task.objects.create()
+    assert made.run() == task
+    assert stored(task).state == State.finished
+
+
+def test_lease_that_is_kept_again_is_renewed_at_once_also_by_a_new_thread(declare, monkeypatch):
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
+    monkeypatch.setattr(leases, "_SHARE", 1)
+    keeper = Keeper()
+    made = declare(Task, "status", name="tasks")(lambda task: None)
+    task = Task.objects.create()
+    source = made.source()
+    (claim,) = verbs.claim(source)
+    attempt = made.attempt(claim, source)
+    lease = keeper.hold(attempt, 30.0)
+    lease.end()
+    lease._group.due = 0.0
+    with keeper._changed:
+        keeper._changed.notify()
+    wait_until(lambda: keeper._thread is None)
+    lease._group.due = time.monotonic() + 600
+    lease.resume()
+    wait_until(lambda: stored(task) > claim.lease)
+    lease.end()
+
+
+def test_leases_that_can_not_be_renewed_are_told_once(declare, monkeypatch, caplog):
+    def see_outage(task):
+        wait_until(lambda: len(tries) == 3)
+        see_renewed(task)
+
+    def renew(source, leases):
+        if len(tries) < 3:
+            tries.append("away")
+            raise OperationalError("away")
+        return actual(source, leases)
+
+    tries, actual = [], verbs.renew
+    monkeypatch.setattr(verbs, "renew", renew)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_outage)
+    Task.objects.create()
+    made.run()
+    assert caplog.text.count("Leases of testapp.Task.status can not be renewed: away") == 1
+    assert caplog.text.count("Leases of testapp.Task.status are renewed again") == 1

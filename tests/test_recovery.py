@@ -4,7 +4,7 @@ import datetime as dt
 import time
 
 import pytest
-from django.db import IntegrityError, connections
+from django.db import IntegrityError, connection, connections
 from django.db.models import Value
 
 import modelqueue
@@ -511,6 +511,55 @@ def test_all_that_are_recovered_beside_a_row_that_can_not_be_are_told():
     with heard("task_recovered") as events:
         assert recover(ExclusiveTask.objects) == 3
     assert sorted(facts["pk"] for _, facts in events) == [task.pk for task in tasks[1:]]
+
+
+REFUSE = {
+    "sqlite": """
+        CREATE TRIGGER refuse BEFORE UPDATE ON testapp_task WHEN NEW.data = 'refused'
+        BEGIN SELECT RAISE(ABORT, 'refused'); END
+        """,
+    "postgresql": """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = 'XX000'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON testapp_task FOR EACH ROW WHEN (NEW.data = 'refused')
+            EXECUTE FUNCTION refuse()
+        """,
+    "mysql": """
+        CREATE TRIGGER refuse BEFORE UPDATE ON testapp_task FOR EACH ROW
+        IF NEW.data = 'refused' THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'refused'; END IF
+        """,
+}
+ALLOW = {
+    "sqlite": "DROP TRIGGER refuse",
+    "postgresql": "DROP FUNCTION refuse() CASCADE",
+    "mysql": "DROP TRIGGER refuse",
+}
+
+
+@pytest.fixture
+def refused(vendor):
+    """A row that a trigger keeps from any change, by whatever error its database has for that."""
+    task = Task.objects.create(data="refused", status=EXPIRED)
+    with connection.cursor() as cursor:
+        cursor.execute(REFUSE[vendor])
+        yield task
+        cursor.execute(ALLOW[vendor])
+
+
+def test_row_that_a_trigger_refuses_holds_up_no_recovery(refused, caplog):
+    (other,) = expired(1)
+    assert recover() == 1
+    assert (stored(refused), stored(other).state) == (EXPIRED, State.waiting)
+    assert "can not be recovered" in caplog.text
+
+
+def test_row_that_a_trigger_refuses_holds_up_no_claim(vendor, caplog, request):
+    first = Task.objects.create(data="refused", status=Status.waiting(1))
+    request.getfixturevalue("refused")
+    other = Task.objects.create()
+    assert run(Task.objects, "status", succeed) == other
+    assert stored(first) == Status.waiting(1)
+    assert "can not be claimed" in caplog.text
 
 
 @pytest.mark.db_feature("supports_partial_indexes")

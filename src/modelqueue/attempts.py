@@ -48,6 +48,8 @@ logger = logging.getLogger("modelqueue")
 #: the clock meanwhile, as that may stand still. (Not for how long: a busy machine may take its time.)
 _SOON = dt.timedelta(milliseconds=5)
 _LOOKS = 50
+#: Seconds for which an outcome is tried at a time if others wait for it.
+_SHORT_PATIENCE = 1.0
 
 _LEFT_OPEN = (
     "The action returned in the middle of a transaction, which was rolled back. "
@@ -94,6 +96,12 @@ class Attempt(Generic[M]):
         self.renewal: Renewable | None = None
         #: Is the task still ours, as far as its renewals know?
         self.is_held = True
+        #: Does it wait for a row that somebody has locked, and for long while the database says "try again"?
+        #: If others wait for it meanwhile it does not, and is settled once more later.
+        self.waits = True
+        #: What was decided when it was settled for the first time, and the instance as it was then.
+        self.decided: Outcome | None = None
+        self.as_left: dict[str, Any] | None = None
         #: The declared queue that the task was claimed from.
         self.queue: Any = None
         self.began = now()
@@ -159,11 +167,29 @@ class Attempt(Generic[M]):
             running.reset(token)
 
     def settle(self, error: BaseException | None) -> Outcome:
-        """Take the steps after the action, in whatever thread this is; return the outcome."""
+        """Take the steps after the action, in whatever thread this is; return the outcome.
+
+        If the outcome can not be written this raises, and may be called again later: what was decided
+        stands, so that a write whose answer was lost is known again.
+        """
         self.engine = engine_for(self.source.using)
+        if not self.waits:
+            self.engine.patience = _SHORT_PATIENCE
         if self.renewal is not None:  # before anything can fail, and before the lease is read
             self.renewal.end()
-        return self.record(self.decide(error))
+        self.forget_earlier_tries()
+        if self.decided is None:
+            self.decided = self.decide(error)
+        return self.record(self.decided.not_before(self.lease))
+
+    def forget_earlier_tries(self) -> None:
+        """Take away what a save() that was rolled back has left on the instance."""
+        if self.task is None:
+            return
+        if self.as_left is None:
+            self.as_left = dict(self.task.__dict__)
+        self.task.__dict__.clear()
+        self.task.__dict__.update(self.as_left)
 
     def close(self) -> None:
         """Do not watch the task any more."""
@@ -287,11 +313,21 @@ class Attempt(Generic[M]):
             return False
         changed = [] if snapshot is None else snapshot.changed()
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
-            return self.engine.patiently(functools.partial(self.write_status, outcome), reconnect=True)
+            write_status = self.write_status if self.waits else self.write_status_if_free
+            return self.engine.patiently(functools.partial(write_status, outcome), reconnect=True)
         # A save() that is rolled back leaves its traces on the instance; each try begins without them.
         as_left = dict(task.__dict__)
         write = functools.partial(self.write_task, outcome, task, as_left, changed)
         return self.engine.patiently(write, reconnect=True)
+
+    def write_status_if_free(self, outcome: Outcome) -> bool:
+        with self.engine.transaction():
+            self.refuse_to_wait()
+            return self.write_status(outcome)
+
+    def refuse_to_wait(self) -> None:
+        """Lock the row within the open transaction; raise if somebody else has locked it."""
+        self.engine.lock_or_refuse(self.source.owner_rows().filter(pk=self.claim.row.key))
 
     def write_status(self, outcome: Outcome) -> bool:
         column = self.source.error_field
@@ -311,6 +347,8 @@ class Attempt(Generic[M]):
         is_saved_in_full = False
         try:
             with self.engine.transaction():
+                if not self.waits:
+                    self.refuse_to_wait()
                 if not self.engine.compare_and_set(source, self.claim.row, held, outcome.status):
                     return False
                 task.__dict__.clear()
@@ -319,7 +357,7 @@ class Attempt(Generic[M]):
                 if column is not None and outcome.note is not None:
                     setattr(task, column.attname, outcome.note)
                     changed = [*changed, column]
-                self.engine.lock_other_tables(source, task)
+                self.engine.lock_other_tables(source, task, self.waits)
                 save_merged(task, changed, source.field, source.using)
                 if self.engine.is_aborted():  # Django would roll back without a word
                     raise TransactionManagementError(_WENT_ON)
@@ -496,12 +534,12 @@ class AsyncAttempt(Attempt[M]):
 
     def settle(self, error: BaseException | None, is_called: bool = True) -> Outcome:
         """Take the steps after the action, or give the task back if that was not called."""
-        self.engine = engine_for(self.source.using)
         if not self.is_started:
             self.start()
         self.close()
-        release = Outcome("release", self.claim.row.status, error)
-        outcome = self.record(self.decide(error) if is_called else release)
+        if not is_called:
+            self.decided = Outcome("release", self.claim.row.status, error)
+        outcome = super().settle(error)
         self.let_its_time_come(outcome)
         return outcome
 
@@ -556,14 +594,22 @@ class AtomicAttempt(Attempt[M]):
 
     def hold(self) -> tuple[ExitStack, Place] | None:
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
-        with ExitStack() as stack:
-            stack.enter_context(transaction.atomic(using=self.source.using))
-            if self.engine.hold(self.source, self.claim.row, self.leases):
-                if not self.is_outer:
-                    # Before any hook of the action, as none is called after one that fails.
-                    transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
-                place = self.engine.mark()
-                return stack.pop_all(), place
+        # From here on the lock is the lease; to wait for a renewal while having it could be a deadlock.
+        if self.renewal is not None:
+            self.renewal.end()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(transaction.atomic(using=self.source.using))
+                if self.engine.hold(self.source, self.claim.row, self.leases):
+                    if not self.is_outer:
+                        # Before any hook of the action, as none is called after one that fails.
+                        transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
+                    place = self.engine.mark()
+                    return stack.pop_all(), place
+        except Error:  # it is tried again
+            if self.renewal is not None:
+                self.renewal.resume()
+            raise
         return None
 
     def note_commit(self) -> None:
@@ -617,6 +663,8 @@ class AtomicAttempt(Attempt[M]):
 
     def fail(self, error: BaseException, success: _Success | None) -> Outcome:
         """Record, in a transaction of its own, an attempt that was rolled back."""
+        if self.renewal is not None:
+            self.renewal.end()
         self.restore_own_connection()
         if success is None or not self.is_committed:
             self.undo()

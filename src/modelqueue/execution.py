@@ -125,8 +125,7 @@ class Work(Generic[M]):
     def keep(self, attempt: Attempt[M]) -> None:
         """Have the lease of an attempt renewed where that is needed, and possible."""
         attempt.queue = self.queue
-        # One in a transaction nobody else can see, and with atomic=True the lock of the row is the lease.
-        if self.policy.lease is not None and not self.atomic and not attempt.is_outer:
+        if self.policy.lease is not None and not attempt.is_outer:  # in a transaction nobody else can see it
             attempt.renewal = keeper_for(self.source.using).hold(attempt, self.policy.lease.total_seconds())
 
 
@@ -216,8 +215,10 @@ def _next_attempt(work: Work[M]) -> AsyncAttempt[M] | None:
     if claim is None:
         return None
     attempt = AsyncAttempt(work.source, work.policy, claim)
+    if work.atomic:  # `_run_atomic` makes another one of it
+        return attempt
     work.keep(attempt)
-    return attempt if work.atomic else attempt.start()
+    return attempt.start()
 
 
 def _run_atomic(work: Work[M], claim: Claim[M]) -> M | None:

@@ -47,6 +47,7 @@ class _Group:
         self.due = 0.0
         #: How often it was done.
         self.times = 0
+        self.is_failing = False
 
     def __str__(self) -> str:
         return f"{self.source.model._meta.label}.{self.source.field.name}"
@@ -64,6 +65,22 @@ class _Group:
                 self.held.pop(key).lose()
             self.times += 1
             self.due = began + (_SOON if renewal.locked else self.seconds / _SHARE)
+            if self.is_failing:
+                logger.warning("Leases of %s are renewed again.", self)
+            self.is_failing = False
+
+    def fail(self, error: Exception) -> None:
+        """They could not be renewed, which is told once and tried again."""
+        level = logging.DEBUG if self.is_failing else logging.WARNING
+        is_of_database = isinstance(error, Error)
+        logger.log(
+            level,
+            "Leases of %s can not be renewed: %s",
+            self,
+            error,
+            exc_info=None if is_of_database else error,
+        )
+        self.is_failing = True
 
 
 class Lease:
@@ -85,9 +102,11 @@ class Lease:
                 del self._group.held[key]
 
     def resume(self) -> None:
-        """Renew it again: its outcome could not be written yet."""
+        """Renew it again, at once: its outcome could not be written yet, and it may be old by now."""
         with self._group.lock:
             self._group.held.setdefault(self.attempt.claim.row.key, self)
+            self._group.due = 0.0
+        self._keeper.look_at(self._group)
 
     def renew(self) -> bool:
         """Have it renewed at once, with those that are renewed together with it; return whether it is held.
@@ -119,6 +138,8 @@ class Keeper:
         self._groups: dict[tuple[Any, ...], _Group] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        #: Until when the thread waits.
+        self._looks_at = 0.0
 
     def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
@@ -138,14 +159,18 @@ class Keeper:
             if not group.held:
                 group.due = time.monotonic() + seconds / _SHARE
             group.held[attempt.claim.row.key] = lease
+        self.look_at(group)
+        return lease
+
+    def look_at(self, group: _Group) -> None:
+        """See to it that the thread does not miss when a group is due."""
         with self._changed:
             if self._thread is None:
                 thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
                 thread.start()
                 self._thread = thread
-            else:
+            elif group.due < self._looks_at:
                 self._changed.notify()
-        return lease
 
     def renew_now(self, group: _Group) -> None:
         """Renew the leases of a group, and wait until that is done, or has failed."""
@@ -160,10 +185,8 @@ class Keeper:
             for group in self._due():
                 try:
                     group.renew()
-                except Error as error:
-                    logger.warning("Leases of %s can not be renewed: %s", group, error)
-                except Exception:
-                    logger.exception("Leases of %s can not be renewed.", group)
+                except Exception as error:
+                    group.fail(error)
             with suppress(Exception):
                 # There is nothing to do for long, and who drops a test database must not meet a session.
                 connections.close_all()
@@ -174,13 +197,18 @@ class Keeper:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
         with self._changed:
             if (pause := self._pause()) is None:
-                self._changed.wait(_LINGER)
+                self._sleep(_LINGER)
                 pause = self._pause()
             if pause is None:
                 self._thread = None
                 return False
-            self._changed.wait(pause)
+            self._sleep(pause)
             return True
+
+    def _sleep(self, seconds: float) -> None:
+        self._looks_at = time.monotonic() + seconds
+        self._changed.wait(seconds)
+        self._looks_at = 0.0  # it looks by itself before it sleeps again
 
     def _pause(self) -> float | None:
         due = [group.due for group in self._groups.values() if group.held]

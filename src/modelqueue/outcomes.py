@@ -12,7 +12,7 @@ import datetime as dt
 import functools
 import inspect
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from modelqueue import backoff
@@ -135,6 +135,13 @@ class Outcome:
     def raised(self) -> BaseException | None:
         """What goes on to the caller of `run` once the outcome is recorded."""
         return self.error if self.ending in ("fail", "release") else None
+
+    def not_before(self, lease: Status) -> Outcome:
+        """Return the same for a lease that was renewed since this was decided: stamped no earlier."""
+        status = self.status
+        if self.ending in ("assign", "release") or status is None or status.priority >= lease.priority:
+            return self
+        return replace(self, status=Status.combine(status.state, lease.priority, status.attempts))
 
     @functools.cached_property
     def note(self) -> str | None:

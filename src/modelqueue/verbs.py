@@ -45,8 +45,13 @@ def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
 
 
 def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
-    """Tell the database that these tasks are still being worked on, see `Engine.renew`."""
-    return engine_for(source.using).renew(source, leases, now)
+    """Tell the database that these tasks are still being worked on, see `Engine.renew`.
+
+    Not for long if that does not succeed: who has an outcome to write waits for it.
+    """
+    engine = engine_for(source.using)
+    engine.patience = 1.0
+    return engine.renew(source, leases, now)
 
 
 def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:

@@ -52,7 +52,7 @@ def run_through_a_restart(is_atomic, patience, path):
     engine = type(engine_for("default"))
     with (
         trace.listening(),
-        mock.patch.object(sessions, "PATIENCE", patience),
+        mock.patch.object(sessions.Session, "patience", patience),
         mock.patch.object(engine, "note_contention", note_retry),
     ):
         try:

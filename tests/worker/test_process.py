@@ -8,18 +8,19 @@ import threading
 import time
 
 import pytest
-from django.db import OperationalError, connections, transaction
+from django.db import IntegrityError, OperationalError, connections, transaction
 
 import modelqueue
-from modelqueue import State, Status, leases, verbs
+from modelqueue import State, Status, attempts, leases, verbs
 from modelqueue.attempts import AsyncAttempt, Attempt
-from modelqueue.worker import loop, threads
+from modelqueue.engines import Engine
+from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
-from tests.actions import stored, unexpected
+from tests.actions import heard, stored, succeed, unexpected
 from tests.processes import wait_until
-from tests.testapp.models import Errand, Job, Task
+from tests.testapp.models import Errand, Job, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -286,6 +287,20 @@ def failing(times, function, error=None):
     return call
 
 
+def failing_late(times, function):
+    """Let a function raise so many times when it has done its work."""
+    left = [times]
+
+    def call(*arguments):
+        result = function(*arguments)
+        if left[0]:
+            left[0] -= 1
+            raise OperationalError("away")
+        return result
+
+    return call
+
+
 def test_outcome_that_can_not_be_written_is_written_later(start, monkeypatch, caplog):
     monkeypatch.setattr(Attempt, "settle", failing(2, Attempt.settle))
     errand = make()
@@ -293,6 +308,164 @@ def test_outcome_that_can_not_be_written_is_written_later(start, monkeypatch, ca
     wait_until(lambda: stored(errand).state == State.finished)
     wait_until(lambda: process.ended() == {"finish": 1})
     assert "its outcome can not be written yet: away" in caplog.text
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+@pytest.mark.parametrize("changes", [False, True])
+def test_locked_row_holds_up_no_other_outcome(changes, start, declare):
+    def act(task):
+        locked.wait(30)
+        if task == free:
+            time.sleep(0.2)  # the other one comes first
+        task.data = "changed" if changes else task.data
+
+    locked = threading.Event()
+    declare(Task, "status", name="tasks")(act)
+    held, free = Task.objects.create(), Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: stored(free).state == State.working)
+    with transaction.atomic():
+        Task.objects.select_for_update().get(pk=held.pk)
+        locked.set()
+        wait_until(lambda: stored(free).state == State.finished)
+        time.sleep(0.3)  # it is tried again, and still locked
+        assert stored(held).state == State.working
+    wait_until(lambda: process.ended() == {"finish": 2})
+    assert stored(held).state == State.finished
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_lock_in_the_other_table_of_a_model_holds_up_no_other_outcome(start, declare):
+    def act(task):
+        locked.wait(30)
+        if task == free:
+            time.sleep(0.2)  # the other one comes first
+        task.pages = 2
+
+    locked = threading.Event()
+    declare(PrintJob, "status", name="jobs")(act)
+    held, free = PrintJob.objects.create(), PrintJob.objects.create()
+    process = start("jobs")
+    wait_until(lambda: stored(free).state == State.working)
+    with transaction.atomic():
+        with connections["default"].cursor() as cursor:
+            cursor.execute("SELECT pages FROM testapp_printjob WHERE job_ptr_id = %s FOR UPDATE", [held.pk])
+        locked.set()
+        wait_until(lambda: stored(free).state == State.finished)
+        assert stored(held).state == State.working
+    wait_until(lambda: process.ended() == {"finish": 2})
+    assert PrintJob.objects.filter(pages=2).count() == 2
+
+
+def test_lease_of_what_can_not_be_written_yet_is_renewed(start, monkeypatch):
+    monkeypatch.setattr(leases, "_SHARE", 0.01)  # never by itself
+    is_away = threading.Event()
+    settle = Attempt.settle
+
+    def settle_later(attempt, error):
+        if is_away.is_set():
+            attempt.renewal.end()
+            raise OperationalError("away")
+        return settle(attempt, error)
+
+    monkeypatch.setattr(Attempt, "settle", settle_later)
+    is_away.set()
+    errand = make()
+    start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.working)
+    first = stored(errand)
+    wait_until(lambda: stored(errand) > first)
+    assert stored(errand).state == State.working
+    is_away.clear()
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_while_the_database_is_away_one_outcome_asks_for_it(start, declare, monkeypatch):
+    """With each the timeout of a connection would pass, and those of other databases wait for that."""
+    settle, asked = Attempt.settle, []
+
+    def settle_later(attempt, error):
+        asked.append(attempt)
+        if len(asked) < 5:
+            raise OperationalError("away")
+        return settle(attempt, error)
+
+    def act(task):
+        go_on.wait(30)
+
+    go_on = threading.Event()
+    monkeypatch.setattr(Attempt, "settle", settle_later)
+    monkeypatch.setattr(Engine, "is_of_the_database_itself", lambda engine, error: True)
+    declare(Task, "status", name="tasks")(act)
+    Task.objects.bulk_create([Task() for _ in range(4)])
+    process = start("tasks")
+    wait_until(lambda: Task.objects.filter(status__state="working").count() == 4)
+    go_on.set()
+    wait_until(lambda: process.ended() == {"finish": 4})
+    assert len(set(map(id, asked[:5]))) == 1
+    assert len(asked) == 8
+
+
+def test_outcome_that_is_refused_for_long_is_given_up(start, monkeypatch, caplog):
+    monkeypatch.setattr(completer, "_LONGEST_REFUSAL", 0.2)
+    monkeypatch.setattr(Attempt, "settle", failing(5, Attempt.settle, IntegrityError("no")))
+    errand = make()
+    process = start("testapp.do_errand")
+    wait_until(lambda: process.ended() == {"lost": 1})
+    assert stored(errand).state == State.working
+    assert "it is left to its recovery" in caplog.text
+
+
+def test_what_was_decided_stands_when_it_is_written_later(start, declare, monkeypatch):
+    def put_back(task):
+        task.status = Status.created(7)
+
+    monkeypatch.setattr(Attempt, "write_status", failing_late(2, Attempt.write_status))
+    declare(Task, "status", name="tasks")(put_back)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"assign": 1})
+    assert stored(task) == Status.created(7)
+
+
+def test_traces_of_a_save_that_was_rolled_back_are_not_written_later(start, declare, monkeypatch):
+    """It has read what the action did not change, which somebody has edited since."""
+
+    def change(paper):
+        Paper.objects.update(pages=3)
+        paper.title = "changed"
+
+    save_merged = attempts.save_merged
+
+    def fail_once(*arguments):
+        save_merged(*arguments)
+        if not failed.is_set():
+            failed.set()
+            raise OperationalError("away")
+
+    failed = threading.Event()
+    monkeypatch.setattr(attempts, "save_merged", fail_once)
+    monkeypatch.setattr(Engine, "is_of_the_database_itself", lambda engine, error: True)
+    monkeypatch.setattr(completer, "_FIRST_PAUSE", 1.0)
+    declare(Paper, "status", name="papers")(change)
+    paper = Paper.objects.create()
+    process = start("papers")
+    assert failed.wait(30)
+    wait_until(lambda: Paper.objects.update(pages=5))
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert Paper.objects.values_list("title", "pages").get(pk=paper.pk) == ("changed", 5)
+
+
+def test_outcome_whose_answer_was_lost_is_not_taken_for_a_lost_lease(start, declare, monkeypatch):
+    monkeypatch.setattr(Attempt, "write_status_if_free", failing_late(1, Attempt.write_status_if_free))
+    monkeypatch.setattr(Engine, "is_of_the_database_itself", lambda engine, error: True)
+    declare(Task, "status", name="tasks")(succeed)
+    task = Task.objects.create()
+    with heard("lease_lost", "task_finished") as events:
+        process = start("tasks")
+        wait_until(lambda: process.ended() == {"finish": 1})
+    assert [name for name, _ in events] == ["task_finished"]
+    assert stored(task).state == State.finished
 
 
 def test_outcome_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, caplog):

@@ -8,10 +8,10 @@ from modelqueue.engines.base import Engine
 from modelqueue.engines.claims import Candidate, Claim, Renewal, Verdict
 from modelqueue.engines.mysql import MySQLEngine
 from modelqueue.engines.postgresql import PostgreSQLEngine
-from modelqueue.engines.sessions import Place
+from modelqueue.engines.sessions import Place, RowLocked
 from modelqueue.engines.sqlite import SQLiteEngine
 
-__all__ = ["Candidate", "Claim", "Engine", "Place", "Renewal", "Verdict", "engine_for"]
+__all__ = ["Candidate", "Claim", "Engine", "Place", "Renewal", "RowLocked", "Verdict", "engine_for"]
 
 _ENGINES: dict[str, type[Engine]] = {
     "mysql": MySQLEngine,

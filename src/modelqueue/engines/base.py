@@ -27,15 +27,16 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from django.core.exceptions import EmptyResultSet
-from django.db import IntegrityError, models, transaction
+from django.db import models, transaction
 from django.db.backends.utils import CursorWrapper
 from django.db.models import F, Q, Value
 from django.db.models.functions import Greatest
+from django.db.utils import Error
 
 from modelqueue import conf
 from modelqueue.clock import Clock
 from modelqueue.engines.claims import Candidate, Claim, Overtaken, Renewal, Verdict, lease_at
-from modelqueue.engines.sessions import Session
+from modelqueue.engines.sessions import RowLocked, Session
 from modelqueue.engines.statements import is_one_of, placeholders, update_of_row
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
@@ -129,11 +130,13 @@ class Engine(Session):
         claims: list[Claim[M]] = []
         with self.transaction():
             for row in self._lock(source, candidates):
+                task = self._load_one(source, row)
                 try:
                     with transaction.atomic(using=self.using):
-                        task = self._load_one(source, row)
                         claim = self._claim_row(source, row, task, clock)
-                except IntegrityError as error:
+                except Error as error:  # of a constraint or a trigger of its table
+                    if self.is_of_the_database_itself(error):
+                        raise
                     logger.warning("%s %s can not be claimed: %s", source.model._meta.label, row.pk, error)
                     continue
                 if claim is not None:
@@ -258,7 +261,9 @@ class Engine(Session):
         for row in candidates:
             try:
                 recovered += self._recover_together(source, [row], judge)
-            except IntegrityError as error:  # left for the next time
+            except Error as error:  # of a constraint or a trigger of its table: left for the next time
+                if self.is_of_the_database_itself(error):
+                    raise
                 logger.warning("%s %s can not be recovered: %s", source.model._meta.label, row.pk, error)
         return recovered
 
@@ -459,13 +464,30 @@ class Engine(Session):
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:
         """Begin a transaction that reads before it writes; of use where there is one writer at a time."""
 
-    def lock_other_tables(self, source: Source[M], task: M) -> None:
-        """Lock the rows of an inherited model in its other tables, lest somebody edits what is saved next."""
-        if self.connection.features.has_select_for_update:
-            for model in {field.model for field in task._meta.concrete_fields} - {source.owner}:
-                rows: models.QuerySet[Any] = models.QuerySet(model, using=self.using)
-                rows = rows.order_by().select_for_update()
-                list(rows.filter(pk=getattr(task, str(model._meta.pk.attname))).values_list("pk"))
+    def lock_or_refuse(self, rows: models.QuerySet[Any]) -> None:
+        """Lock a row, which may be gone, within an open transaction, without waiting for anybody.
+
+        Raises:
+            RowLocked: somebody else has locked it. (Where SKIP LOCKED is unknown a write will wait.)
+        """
+        if self.connection.features.has_select_for_update_skip_locked:
+            rows = rows.order_by()
+            if not self._skipping_locked(rows).values_list("pk")[:1] and rows.exists():
+                raise RowLocked(f"somebody has locked its row in {rows.model._meta.db_table}")
+
+    def lock_other_tables(self, source: Source[M], task: M, waits: bool) -> None:
+        """Lock the rows of an inherited model in its other tables, lest somebody edits what is saved next.
+
+        Raises:
+            RowLocked: somebody else has locked one, and this does not wait.
+        """
+        for model in {field.model for field in task._meta.concrete_fields} - {source.owner}:
+            rows: models.QuerySet[Any] = models.QuerySet(model, using=self.using)
+            rows = rows.filter(pk=getattr(task, str(model._meta.pk.attname)))
+            if not waits:
+                self.lock_or_refuse(rows)
+            elif self.connection.features.has_select_for_update:
+                list(rows.order_by().select_for_update().values_list("pk"))
 
     def _load(self, source: Source[M], rows: list[Candidate]) -> dict[Any, M]:
         """Load instances by primary key, through the caller's own queryset."""

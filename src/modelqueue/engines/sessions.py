@@ -1,6 +1,6 @@
 """A session with a database: short transactions, errors that mean "try again", connections that were lost.
 
-"Try again" errors are retried inside, with jitter, for up to `PATIENCE` seconds; inside an outer
+"Try again" errors are retried inside, with jitter, for up to 30 s; inside an outer
 transaction they are raised at once, since only who began it can begin it again.
 
 Nothing here knows of tasks. A vendor's engine says what its database's errors mean and how it sees that a
@@ -23,7 +23,7 @@ from django.db.utils import Error
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-__all__ = ["PATIENCE", "Session"]
+__all__ = ["RowLocked", "Session"]
 
 T = TypeVar("T")
 
@@ -31,8 +31,10 @@ T = TypeVar("T")
 Place = tuple[Any, "list[transaction.Atomic]"]
 
 _LONGEST_ROUND_TRIP = dt.timedelta(seconds=0.2)
-#: Seconds for which "try again" errors are retried.
-PATIENCE = 30.0
+
+
+class RowLocked(Exception):  # noqa: N818
+    """Somebody else has locked a row that was not to be waited for."""
 
 
 class Session:
@@ -42,6 +44,8 @@ class Session:
     """
 
     connection: BaseDatabaseWrapper
+    #: Seconds for which "try again" errors are retried. Who holds up others meanwhile takes less.
+    patience = 30.0
 
     def __init__(self, using: str) -> None:
         self.using = using
@@ -97,7 +101,7 @@ class Session:
         After an error of the connection itself the connection is closed, so that the next query
         opens another.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         pause = 0.001
         while True:
             is_outer, session = self.is_inside_transaction(), None
@@ -131,7 +135,7 @@ class Session:
     def is_of_the_database_itself(self, error: Exception) -> bool:
         """Say whether an error is no fault of a row or a queryset, but of the connection or a lock."""
         if not isinstance(error, (OperationalError, InterfaceError)):
-            return False
+            return isinstance(error, RowLocked)
         return self.is_try_again(error) or self._has_lost_connection
 
     def _close_if_broken(self) -> bool:

@@ -108,10 +108,10 @@ class Claimer:
 
     def _begin(self, lane: Lane, running: Running) -> None:
         attempt = running.attempt
-        if not isinstance(attempt, AtomicAttempt):  # with that the lock of the row is the lease
-            lost = (lambda: self._loop.cancel(running)) if lane.is_async else None
-            seconds = lane.queue.lease.total_seconds()
-            attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost)
+        attempt.waits = isinstance(attempt, AtomicAttempt)  # in its thread, where nobody waits for it
+        lost = (lambda: self._loop.cancel(running)) if lane.is_async else None
+        seconds = lane.queue.lease.total_seconds()
+        attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost)
         if not isinstance(attempt, AsyncAttempt):
             self._threads.submit(running)
             return

@@ -1,7 +1,7 @@
 """The completer: the one thread of a process that writes outcomes.
 
 Nothing counts as ended before it is committed. While the database is away the outcome waits, and the lease
-is renewed, so that nobody else runs the task meanwhile.
+is renewed, so that nobody else runs the task meanwhile. A row that somebody has locked holds up no other.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from queue import SimpleQueue
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 from django.db import connections
 from django.db.utils import Error, OperationalError
 
+from modelqueue.engines import RowLocked
 from modelqueue.outcomes import Outcome
 from modelqueue.worker.running import Register, Running
 
@@ -23,15 +26,45 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two tries to write an outcome.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+#: The longest while somebody has locked the row.
+_LONGEST_PAUSE_OF_LOCKED = 1.0
+#: Seconds after which an outcome is given up that the database refuses without being away.
+_LONGEST_REFUSAL = 60.0
 #: Seconds between two advices, and the part of the server's connections from which on they are scarce.
 _ADVICE_INTERVAL, _NEARLY = 60.0, 0.8
+
+
+@dataclass(eq=False)
+class _Ended:
+    """An action that has returned, or raised this error, and when to try to record that."""
+
+    running: Running
+    error: BaseException | None
+    try_at: float = 0.0
+    pause: float = 0.0
+    tried_since: float | None = None
+
+    def put_off(self, longest: float) -> None:
+        if self.tried_since is None:
+            self.tried_since = time.monotonic()
+        self.pause = min(self.pause * 2 or _FIRST_PAUSE, longest)
+        self.try_at = time.monotonic() + self.pause
+
+    @property
+    def is_refused_for_long(self) -> bool:
+        return self.tried_since is not None and time.monotonic() - self.tried_since > _LONGEST_REFUSAL
 
 
 class Completer:
     def __init__(self, register: Register) -> None:
         self._register = register
-        self._ended: SimpleQueue[tuple[Running, BaseException | None] | None] = SimpleQueue()
+        self._ended: SimpleQueue[_Ended | None] = SimpleQueue()
+        #: What could not be written yet.
+        self._late: list[_Ended] = []
+        #: The outcome that tries, for all of its database, whether that is there again; by alias.
+        self._waits_for: dict[str, _Ended] = {}
         self._thread = threading.Thread(target=self._work, name="modelqueue-completer", daemon=True)
+        self._is_ending = False
         self._is_stopped = threading.Event()
         self._advise_from = 0.0
 
@@ -44,7 +77,7 @@ class Completer:
 
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
-        self._ended.put((running, error))
+        self._ended.put(_Ended(running, error))
 
     def stop(self, seconds: float) -> None:
         """Write what is to be written, and end; what the database does not take in time is left."""
@@ -54,29 +87,72 @@ class Completer:
 
     def _work(self) -> None:
         try:
-            while (ended := self._ended.get()) is not None:
-                self._settle(*ended)
+            while (ended := self._next()) is not None and not self._is_stopped.is_set():
+                self._settle(ended)
         finally:
             connections.close_all()
 
-    def _settle(self, running: Running, error: BaseException | None) -> None:
-        pause = _FIRST_PAUSE
-        while not self._is_stopped.is_set():
-            try:
-                outcome = running.attempt.settle(error)
-            except Error as away:
-                logger.warning("%s: its outcome can not be written yet: %s", running, away)
-                self._resume(running)
-                time.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
-            except BaseException:  # SystemExit of a hook, for example
-                logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
-                self._register.end(running, "lost")
-                return
-            else:
-                self._register.end(running, outcome.ending)
-                self._look_around(running, outcome)
-                return
+    def _next(self) -> _Ended | None:
+        """Wait for the next outcome to write; None: there is none any more."""
+        while True:
+            late = min(self._late, key=lambda ended: ended.try_at, default=None)
+            pause = None if late is None else max(0.0, late.try_at - time.monotonic())
+            if late is not None and pause == 0.0:
+                self._late.remove(late)
+                return late
+            if late is None and self._is_ending:
+                return None
+            with suppress(Empty):
+                ended = self._ended.get(timeout=pause)
+                if ended is not None:
+                    return ended
+                self._is_ending = True
+
+    def _settle(self, ended: _Ended) -> None:
+        running = ended.running
+        using = running.attempt.source.using
+        first = self._waits_for.get(using, ended)
+        if first is not ended:  # to ask for it with each outcome would take a timeout each
+            ended.try_at = first.try_at
+            self._late.append(ended)
+            return
+        try:
+            outcome = running.attempt.settle(ended.error)
+        except BaseException as error:
+            self._waits_for.pop(using, None)
+            self._handle(ended, error)
+        else:
+            self._waits_for.pop(using, None)
+            self._register.end(running, outcome.ending)
+            self._look_around(running, outcome)
+
+    def _handle(self, ended: _Ended, error: BaseException) -> None:
+        """An outcome was not written: decide when to try again, and who has to wait for that."""
+        attempt = ended.running.attempt
+        if isinstance(error, RowLocked):
+            self._put_off(ended, error, _LONGEST_PAUSE_OF_LOCKED)
+        elif isinstance(error, Error) and attempt.engine.is_of_the_database_itself(error):
+            self._waits_for[attempt.source.using] = ended
+            self._put_off(ended, error, _LONGEST_PAUSE)
+        elif isinstance(error, Error) and not ended.is_refused_for_long:  # its disk is full, for example
+            self._put_off(ended, error, _LONGEST_PAUSE)
+        else:  # SystemExit of a hook, for example
+            self._give_up(ended, error)
+
+    def _put_off(self, ended: _Ended, why: Exception, longest: float) -> None:
+        level = logging.DEBUG if ended.pause else logging.WARNING
+        logger.log(level, "%s: its outcome can not be written yet: %s", ended.running, why)
+        renewal = ended.running.attempt.renewal
+        if renewal is not None:
+            renewal.resume()
+        ended.put_off(longest)
+        self._late.append(ended)
+
+    def _give_up(self, ended: _Ended, why: BaseException) -> None:
+        logger.error(
+            "%s: its outcome can not be written; it is left to its recovery.", ended.running, exc_info=why
+        )
+        self._register.end(ended.running, "lost")
 
     def _look_around(self, running: Running, outcome: Outcome) -> None:
         try:
@@ -102,8 +178,3 @@ class Completer:
                 running.lane.queue.name,
                 *found,
             )
-
-    def _resume(self, running: Running) -> None:
-        renewal = running.attempt.renewal
-        if renewal is not None:
-            renewal.resume()
