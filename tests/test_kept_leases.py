@@ -6,7 +6,7 @@ import time
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import OperationalError, connection, transaction
+from django.db import OperationalError, connection, connections, transaction
 
 import modelqueue
 from modelqueue import State, Status, leases, verbs
@@ -267,3 +267,22 @@ def test_leases_that_can_not_be_renewed_are_told_once(declare, monkeypatch, capl
     made.run()
     assert caplog.text.count("Leases of testapp.Task.status can not be renewed: away") == 1
     assert caplog.text.count("Leases of testapp.Task.status are renewed again") == 1
+
+
+def test_connection_of_the_keeper_lasts_while_it_holds_a_lease_and_no_longer(declare, monkeypatch):
+    """A server that is full gives no other, and drops no database while there is one."""
+
+    def connect(connection):
+        if threading.current_thread().name == "modelqueue-leases":
+            opened.append(connection)
+        actual(connection)
+
+    kind = type(connections["default"])
+    opened, actual = [], kind.connect
+    monkeypatch.setattr(kind, "connect", connect)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    Task.objects.create()
+    made.run()
+    assert len(opened) == 1
+    wait_until(lambda: opened[0].connection is None)
+    assert made.tally()["finished"] == 1

@@ -32,7 +32,7 @@ from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.clock import now
 from modelqueue.engines import Claim, Place, engine_for
 from modelqueue.fields import is_saved, set_loaded
-from modelqueue.outcomes import Outcome, Policy, assigned, decide, failed
+from modelqueue.outcomes import GIVEN_BACK, Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
 from modelqueue.threads import Kept, NotCalled, await_with_own_thread, call_in_own_thread, in_thread
@@ -71,8 +71,8 @@ class Renewable(Protocol):
     def renew(self) -> bool:
         """Renew it now; return whether it is still held."""
 
-    def end(self) -> None:
-        """Renew it no more, as the outcome is to be written under it."""
+    def end(self, seconds: float = -1) -> None:
+        """Renew it no more, as the outcome is to be written under it; wait for a renewal at most so long."""
 
     def resume(self) -> None:
         """Renew it again, as the outcome could not be written yet."""
@@ -116,6 +116,11 @@ class Attempt(Generic[M]):
         """What stands in the row as long as the task is ours, a status that the action saved included."""
         saved = set() if self.snapshot is None else self.snapshot.held
         return saved | self.leases
+
+    @property
+    def has_saved_its_outcome(self) -> bool:
+        """Whether the action has saved a status of its own, with which the lease has ended."""
+        return self.snapshot is not None and self.snapshot.written not in {*self.leases, self.claim.lease}
 
     def run(self, action: Callable[[M], object]) -> M | None:
         """Take all steps; return the task, or raise what its attempt ended with."""
@@ -230,6 +235,8 @@ class Attempt(Generic[M]):
     # Decide
 
     def decide(self, error: BaseException | None) -> Outcome:
+        if isinstance(error, GIVEN_BACK) and self.has_saved_its_outcome:
+            error = None  # it stands, though the action wanted to go on
         if error is None and self.snapshot is not None:
             try:
                 if self.snapshot.assigned != self.claim.lease:

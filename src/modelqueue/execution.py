@@ -6,6 +6,7 @@ It recovers what dead workers have left, claims a task, and gives it to an attem
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import functools
 import inspect
@@ -16,6 +17,7 @@ from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 from django.db import models
+from django.utils.asyncio import async_unsafe
 
 from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt, running
@@ -276,10 +278,19 @@ class Current:
         """Whether somebody has canceled the task or taken it, so that its outcome would be dropped."""
         return not self._attempt.is_held
 
+    @async_unsafe("current().renew() waits for the database. Await current().arenew().")
     def renew(self) -> bool:
-        """Renew the lease now; return whether the task is still ours. A declared queue does so by itself."""
+        """Renew the lease now; return whether the task is still ours. A declared queue does so by itself.
+
+        Raises:
+            django.core.exceptions.SynchronousOnlyOperation: this is an async action, see `arenew`.
+        """
         renewal = self._attempt.renewal
         return self._attempt.is_held if renewal is None else renewal.renew()
+
+    async def arenew(self) -> bool:
+        """Do the same in an async action: other coroutines go on meanwhile."""
+        return await asyncio.to_thread(self.renew)
 
 
 def is_async(action: object) -> bool:

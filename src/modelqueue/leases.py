@@ -62,7 +62,9 @@ class _Group:
             leases = {key: lease.attempt.leases for key, lease in self.held.items()}
             renewal = verbs.renew(self.source, leases)
             for key in renewal.lost:
-                self.held.pop(key).lose()
+                lease = self.held.pop(key)
+                if not lease.attempt.has_saved_its_outcome:
+                    lease.lose()
             self.times += 1
             self.due = began + (_SOON if renewal.locked else self.seconds / _SHARE)
             if self.is_failing:
@@ -94,12 +96,16 @@ class Lease:
         self._group = group
         self._on_loss = on_loss
 
-    def end(self) -> None:
-        """Renew it no more; waits for a renewal that is under way."""
-        key = self.attempt.claim.row.key
-        with self._group.lock:
-            if self._group.held.get(key) is self:  # and not a later attempt on the same row
-                del self._group.held[key]
+    def end(self, seconds: float = -1) -> None:
+        """Renew it no more; waits for a renewal that is under way, by default however long that takes."""
+        key, group = self.attempt.claim.row.key, self._group
+        is_ours = group.lock.acquire(timeout=seconds)
+        if group.held.get(key) is self:  # and not a later attempt on the same row
+            del group.held[key]
+        if is_ours:
+            group.lock.release()
+        if not group.held:
+            self._keeper.rest()
 
     def resume(self) -> None:
         """Renew it again, at once: its outcome could not be written yet, and it may be old by now."""
@@ -140,6 +146,8 @@ class Keeper:
         self._thread: threading.Thread | None = None
         #: Until when the thread waits.
         self._looks_at = 0.0
+        #: Has its thread a connection? It keeps it while it holds a lease, as it may not get another.
+        self._is_connected = False
 
     def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
@@ -158,9 +166,18 @@ class Keeper:
         with group.lock:
             if not group.held:
                 group.due = time.monotonic() + seconds / _SHARE
+            former = group.held.get(attempt.claim.row.key)
             group.held[attempt.claim.row.key] = lease
+        if former is not None:  # canceled, or recovered, and claimed again: it could not be held any more
+            former.lose()
         self.look_at(group)
         return lease
+
+    def rest(self) -> None:
+        """Nothing is held in a group: let go of the connection, if nothing is in any other."""
+        if self._is_connected:  # else there is nothing to wake up for
+            with self._changed:
+                self._changed.notify()
 
     def look_at(self, group: _Group) -> None:
         """See to it that the thread does not miss when a group is due."""
@@ -183,20 +200,25 @@ class Keeper:
     def _work(self) -> None:
         while self._wait():
             for group in self._due():
+                self._is_connected = True
                 try:
                     group.renew()
                 except Exception as error:
                     group.fail(error)
-            with suppress(Exception):
-                # There is nothing to do for long, and who drops a test database must not meet a session.
-                connections.close_all()
+                    self._close_connections()
             with self._changed:
                 self._changed.notify_all()
+
+    def _close_connections(self) -> None:
+        self._is_connected = False
+        with suppress(Exception):  # of one that is dead
+            connections.close_all()
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
         with self._changed:
             if (pause := self._pause()) is None:
+                self._close_connections()
                 self._sleep(_LINGER)
                 pause = self._pause()
             if pause is None:

@@ -20,12 +20,25 @@ from modelqueue.backoff import Delay
 from modelqueue.exceptions import Abort, Cancel, Interrupted, LeaseExpired, Retry
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, shifted
 
-__all__ = ["Ending", "Outcome", "Policy", "assigned", "decide", "error_text", "failed", "recovered"]
+__all__ = [
+    "GIVEN_BACK",
+    "Ending",
+    "Outcome",
+    "Policy",
+    "assigned",
+    "decide",
+    "error_text",
+    "failed",
+    "recovered",
+]
 
 Ending = Literal["finish", "assign", "retry", "abort", "cancel", "fail", "release"]
 """How an attempt ended: the action returned (``finish``), or assigned the status itself (``assign``);
 it raised `Retry`, `Abort`, `Cancel`, or anything else (``fail``); or it was canceled from outside and
 the task is given back uncharged (``release``)."""
+
+#: What is no failure of an action but comes from outside, so that it is not charged.
+GIVEN_BACK = (asyncio.CancelledError, Interrupted)
 
 _FACTORIES = (backoff.exponential, backoff.fixed, backoff.linear)
 ERROR_LIMIT = 10_000
@@ -163,7 +176,7 @@ def decide(
     """
     if error is None:
         return Outcome("finish", _ended(State.finished, lease, now))
-    if isinstance(error, (asyncio.CancelledError, Interrupted)):
+    if isinstance(error, GIVEN_BACK):
         return Outcome("release", before, error)
     if isinstance(error, Cancel):
         return Outcome("cancel", _ended(State.canceled, lease, now), error)

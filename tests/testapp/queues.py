@@ -6,6 +6,7 @@ import asyncio
 import datetime as dt
 import os
 import subprocess
+import threading
 import time
 
 import modelqueue
@@ -30,6 +31,8 @@ def do_errand(errand):
         until = time.monotonic() + float(argument)
         while time.monotonic() < until:
             time.sleep(0.01)
+    if word == "linger":
+        threading.Thread(target=time.sleep, args=[float(argument)], daemon=False).start()
     if word == "terminate":
         started = subprocess.Popen(["sleep", "30"])
         started.terminate()

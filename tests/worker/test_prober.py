@@ -100,9 +100,40 @@ def test_who_was_cut_off_has_nothing_recovered_until_all_have_had_time_to_renew(
     one._look()
     assert [expired for _, expired in found] == [["testapp.do_errand"], [], []]
     now = time.monotonic()
-    monkeypatch.setattr(prober.time, "monotonic", lambda: now + do_errand.lease.total_seconds() + 1)
+    later = do_errand.lease.total_seconds() + 1
+    monkeypatch.setattr(prober.time, "monotonic", lambda: now + later)
+    one._look(waited=later)
+    assert found[-1] == ([], ["testapp.do_errand"])
+
+
+@pytest.mark.parametrize("clock", ["time", "monotonic"])
+def test_who_stood_still_has_nothing_recovered_until_all_have_had_time_to_renew(
+    clock, look, found, monkeypatch
+):
+    """A machine that was suspended, for example: its own leases have expired, and are renewed now."""
+    Errand.objects.create(status=Status.working(5))
+    one = look(do_errand)
+    one._look()
+    actual, gap = getattr(time, clock), 2.0
+    monkeypatch.setattr(prober.time, clock, lambda: actual() + gap)
+    one._look()
+    one._look()
+    assert [expired for _, expired in found] == [["testapp.do_errand"], [], []]
+    monkeypatch.setattr(one, "_recover_from", 0.0)
     one._look()
     assert found[-1] == ([], ["testapp.do_errand"])
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_session_that_ends_when_the_clock_is_to_be_read_is_replaced(look, found):
+    Errand.objects.create()
+    one = look(do_errand)
+    one._look()
+    end_session(connection)
+    one._clock._next = 0.0
+    one._look()
+    one._look()
+    assert found[-1] == (["testapp.do_errand"], [])
 
 
 @pytest.mark.vendor("postgresql", "mysql")
@@ -116,7 +147,7 @@ def test_session_that_the_server_has_ended_is_replaced(look, found):
     assert [due for due, _ in found] == [["testapp.do_errand"], None, ["testapp.do_errand"]]
 
 
-def test_queue_whose_callable_raises_costs_the_others_nothing(look, found, declare, caplog):
+def test_queue_whose_callable_raises_costs_the_others_nothing(look, found, declare, caplog, monkeypatch):
     Errand.objects.create()
     is_broken = []
 
@@ -133,8 +164,11 @@ def test_queue_whose_callable_raises_costs_the_others_nothing(look, found, decla
     one._look()
     assert found == [(["testapp.do_errand"], [])] * 2
     assert caplog.text.count("broken: its tasks can not be looked for") == 1
+    assert one.left_out == ["broken"]
     is_broken.clear()
+    monkeypatch.setattr(one, "_left_out", {"broken": 0.0})
     one._look()
+    assert one.left_out == []
     assert found[-1] == (["broken", "testapp.do_errand"], [])
 
 
@@ -205,13 +239,30 @@ def test_clock_of_the_database_is_followed(seconds, shifted, told, monkeypatch, 
     assert bool(caplog.text) == bool(told)
 
 
-def test_clock_is_asked_again_at_once_after_an_answer_that_took_long(monkeypatch):
-    engine = Ahead(None, 5, 7)
+def test_clock_is_asked_again_soon_after_an_answer_that_took_long(monkeypatch, caplog):
+    engine = Ahead(None, None, 0, 7)
     monkeypatch.setattr(database_clock, "engine_for", lambda using: engine)
     one = DatabaseClock("default")
-    for _ in range(3):
-        one.follow()
-    assert engine.seconds == [7]
+    left = []
+    for later in (0, 1, 6, 12, 18):
+        now = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(database_clock.time, "monotonic", lambda now=now, later=later: now + later)
+            one.follow()
+        left.append(len(engine.seconds))
+    assert left == [3, 3, 2, 1, 1]
+    assert caplog.text.count("takes too long to answer to tell the time") == 1
+
+
+def test_clock_that_can_not_be_read_ends_nothing(monkeypatch):
+    class Away:
+        def clock_offset(self):
+            raise OperationalError("away")
+
+    monkeypatch.setattr(database_clock, "engine_for", lambda using: Away())
+    before = modelqueue.now()
+    DatabaseClock("default").follow()
+    assert abs(modelqueue.now() - before) < SECOND
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/Chicago"])

@@ -13,12 +13,12 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 import modelqueue
 from modelqueue import State, Status, attempts, leases, verbs
 from modelqueue.attempts import AsyncAttempt, Attempt
-from modelqueue.engines import Engine
+from modelqueue.engines import Engine, engine_for
 from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
-from tests.actions import heard, stored, succeed, unexpected
+from tests.actions import SECOND, heard, stored, succeed, unexpected
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Job, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
@@ -169,6 +169,77 @@ def test_row_that_does_not_load_is_a_failed_attempt(kind, start, declare, monkey
     start("jobs")
     wait_until(lambda: Job.objects.filter(status__state="canceled").values_list("pk"))
     assert "FragileError" in Job.objects.values_list("error", flat=True).get(pk=job.pk)
+
+
+def test_queue_that_is_broken_takes_no_turns_from_another(start, declare, monkeypatch):
+    def rows():
+        if is_broken:
+            raise LookupError("broken")
+        return Task.objects.all()
+
+    is_broken = []
+    declare(rows, "status", name="broken")(succeed)
+    is_broken.append(True)
+    Errand.objects.bulk_create([Errand() for _ in range(100)])
+    process = start("testapp.do_errand", "broken")
+    began = time.monotonic()
+
+    def is_done():
+        process.pipe.send(("due", ["testapp.do_errand", "broken"]))
+        return process.ended() == {"finish": 100}
+
+    wait_until(is_done)
+    assert time.monotonic() - began < 10  # a pause of a second with each turn took longer than a minute
+
+
+def test_queue_that_is_gone_from_the_code_ends_nothing(start, caplog):
+    process = start("testapp.do_errand", "testapp.gone")
+    errand = make()
+    process.pipe.send(("due", ["testapp.gone", "testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert "The code has no queue any more of the name testapp.gone" in caplog.text
+
+
+@pytest.mark.parametrize("harm", [SystemExit, KeyboardInterrupt, None])
+def test_action_that_leaves_the_event_loop_does_not_end_it(harm, start, declare, caplog):
+    async def leave():
+        raise harm
+
+    async def act(task):
+        if task.data:
+            return
+        if harm is None:
+            asyncio.get_running_loop().stop()
+        else:
+            await asyncio.gather(leave())
+
+    declare(Task, "status", name="tasks", retry=0)(act)
+    first = Task.objects.create()
+    process = start("tasks")
+    expected = State.finished if harm is None else State.canceled
+    wait_until(lambda: stored(first).state == expected)
+    second = Task.objects.create(data="sound")
+    process.pipe.send(("due", ["tasks"]))
+    wait_until(lambda: stored(second).state == State.finished)
+    assert "event loop" in caplog.text
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_transaction_that_an_action_leaves_open_elsewhere_does_not_swallow_the_next(start, declare, caplog):
+    def act(task):
+        Task.objects.using("other").create(data=task.data)
+        if task.data == "first":
+            transaction.atomic(using="other").__enter__()
+
+    declare(Task, "status", name="tasks")(act)
+    first = Task.objects.create(data="first")
+    process = start("tasks", threads=1)
+    wait_until(lambda: stored(first).state == State.finished)
+    second = Task.objects.create(data="second")
+    process.pipe.send(("due", ["tasks"]))
+    wait_until(lambda: stored(second).state == State.finished)
+    assert set(Task.objects.using("other").values_list("data", flat=True)) == {"first", "second"}
+    assert "has left a transaction open on the database 'other'" in caplog.text
 
 
 # Stopping
@@ -395,7 +466,7 @@ def test_while_the_database_is_away_one_outcome_asks_for_it(start, declare, monk
 
     go_on = threading.Event()
     monkeypatch.setattr(Attempt, "settle", settle_later)
-    monkeypatch.setattr(Engine, "is_of_the_database_itself", lambda engine, error: True)
+    monkeypatch.setattr(type(engine_for("default")), "meets_everybody", lambda engine, error: True)
     declare(Task, "status", name="tasks")(act)
     Task.objects.bulk_create([Task() for _ in range(4)])
     process = start("tasks")
@@ -483,8 +554,8 @@ def test_claim_that_fails_is_tried_again_and_told_once(start, monkeypatch, caplo
     errand = make()
     start("testapp.do_errand")
     wait_until(lambda: stored(errand).state == State.finished)
-    assert caplog.text.count("the database does not answer, trying again: away") == 1
-    assert caplog.text.count("the database answers again") == 1
+    assert caplog.text.count("its tasks can not be claimed, trying again: away") == 1
+    assert caplog.text.count("its tasks can be claimed again") == 1
 
 
 def test_claim_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, caplog):
@@ -594,6 +665,67 @@ def test_process_one_part_of_which_is_dead_ends(part, start, monkeypatch):
 
 
 # Leases
+
+
+def test_async_action_that_has_saved_its_own_outcome_may_go_on(start, declare, monkeypatch):
+    """Its lease has ended, but is not lost: to give the task back would run it again, and again."""
+    monkeypatch.setattr(leases, "_SHARE", 30)
+
+    async def act(task):
+        task.status = Status.finished()
+        await task.asave()
+        await asyncio.sleep(1)
+        runs.append(task.pk)
+
+    runs = []
+    declare(Task, "status", name="tasks", lease=3 * SECOND)(act)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"assign": 1})
+    assert (runs, stored(task).state) == ([task.pk], State.finished)
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_outcome_that_an_interrupted_action_has_saved_stands(name, start, declare):
+    def act(task):
+        task.status = Status.finished()
+        task.save()
+        doze(task)
+
+    async def act_async(task):
+        task.status = Status.finished()
+        await task.asave()
+        await asyncio.sleep(60)
+
+    declare(Task, "status", name="tasks")(act if name == "sync" else act_async)
+    task = Task.objects.create(data="60")
+    process = start("tasks")
+    wait_until(lambda: stored(task).state == State.finished)
+    time.sleep(0.2)
+    process.stop(0.1)
+    assert process.ended() == {"assign": 1}
+    assert stored(task).state == State.finished
+
+
+def test_attempt_whose_task_was_canceled_and_claimed_again_is_told(start, declare):
+    """Though the lease that it had is looked at no more."""
+
+    async def act(task):
+        runs.append(task.pk)
+        if len(runs) == 1:
+            await asyncio.sleep(60)
+
+    runs = []
+    made = declare(Task, "status", name="tasks")(act)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: runs)
+    made.cancel()
+    made.retry()
+    process.pipe.send(("due", ["tasks"]))
+    wait_until(lambda: sum(process.ended().values()) == 2)
+    assert process.ended() == {"release": 1, "finish": 1}
+    assert stored(task).state == State.finished
 
 
 def test_async_action_whose_lease_is_lost_is_canceled(start, monkeypatch):

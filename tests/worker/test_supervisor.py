@@ -35,7 +35,8 @@ class Played(Child):
         )
         self.pid = 10**9 + len(self.started)  # of no process
         self.began = time.monotonic()
-        self.is_ready = self.is_stopping = False
+        self.is_ready = self.is_stopping = self.has_run_tasks = False
+        self.answered_at = self.began
         self.reason = self.kill_at = None
         self.left = []
         self.running = self._unanswered = 0
@@ -119,13 +120,43 @@ def test_process_that_dies_again_and_again_is_replaced_ever_more_slowly(play, mo
     assert "exited with code 3" in game.said[-1]
 
 
-def test_process_that_is_full_is_replaced_without_a_pause(play):
+def test_process_that_is_full_is_replaced_at_once(play):
+    """What it still runs may take long."""
     game = play()
-    game.children[0].say("full", "has run 5 tasks")
-    wait_until(lambda: game.children[0].reason)
-    game.children[0].die(0)
+    full = game.children[0]
+    full.say("ended", {"finish": 5})
+    full.say("full", "has run 5 tasks")
     wait_until(lambda: len(game.children) == 2)
-    assert game.said == [f"Process {game.children[0].pid} has run 5 tasks and is replaced."]
+    assert full in game.supervisor._children
+    full.die(0)
+    wait_until(lambda: game.said == [f"Process {full.pid} has run 5 tasks and is replaced."])
+    assert game.supervisor._deaths == 0
+
+
+def test_full_processes_that_do_not_end_are_not_replaced_without_end(play):
+    game = play()
+    for count in (1, 2):
+        game.children[-1].say("full", "has run for 5 s")
+        wait_until(lambda count=count: game.children[count - 1].reason)
+    time.sleep(1)
+    assert len(game.children) == 2
+    game.children[0].die(0)
+    wait_until(lambda: len(game.children) == 3)
+
+
+def test_process_that_is_full_before_it_has_run_a_task_is_replaced_after_a_pause(play, monkeypatch):
+    """Its limit is too low, and its start takes all of the processor."""
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 60.0)
+    game = play()
+    game.children[0].say("full", "uses 70 MiB of memory")
+    wait_until(lambda: len(game.children) == 2)
+    for child in game.children:
+        child.say("full", "uses 70 MiB of memory")
+        wait_until(lambda child=child: child.reason)
+        child.die(0)
+    wait_until(lambda: not game.supervisor._children)
+    time.sleep(1)
+    assert len(game.children) == 2
 
 
 def test_full_process_has_only_the_grace_time_when_the_worker_is_stopped(play):
@@ -243,13 +274,28 @@ def test_living_process_whose_fork_server_died_is_not_taken_for_dead(play, monke
     child.process.exitcode = 255
     child._death.close()
     wait_until(lambda: child.is_stopping)
-    assert len(game.children) == 1
+    time.sleep(0.1)
+    assert child in game.supervisor._children
     lives[0] = False
-    wait_until(lambda: len(game.children) == 2)
+    wait_until(lambda: child not in game.supervisor._children)
 
 
-def test_process_that_can_not_be_started_is_tried_again(play, monkeypatch):
-    failures = [OSError("no more processes")]
+def test_process_that_is_being_replaced_has_the_grace_time_when_its_fork_server_died(play, monkeypatch):
+    lives = [True]
+    monkeypatch.setattr(module, "is_alive", lambda pid: lives[0])
+    game = play(grace=7.0)
+    child = game.children[0]
+    child.say("full", "has run for 5 s")
+    wait_until(lambda: child.reason)
+    child.process.exitcode = 255
+    child._death.close()
+    wait_until(lambda: child.theirs.poll() and child.theirs.recv() == ("stop", 7.0))
+    lives[0] = False
+
+
+@pytest.mark.parametrize("error", [OSError("no more processes"), EOFError("unexpected EOF")])
+def test_process_that_can_not_be_started_is_tried_again(error, play, monkeypatch):
+    failures = [error]
     make = Played.__init__
 
     def fail_once(self, options):
@@ -259,7 +305,7 @@ def test_process_that_can_not_be_started_is_tried_again(play, monkeypatch):
 
     monkeypatch.setattr(Played, "__init__", fail_once)
     game = play()
-    assert game.said[0] == "A process can not be started: no more processes."
+    assert game.said[0] == f"A process can not be started: {error}."
 
 
 def test_listener_that_is_gone_ends_nothing(play):
@@ -295,6 +341,37 @@ def test_drain_ends_when_nothing_is_due_and_no_process_is_at_work(left_due, code
     child.die(0)
     wait_until(lambda: game.codes == [code])
     assert game.said == ["Nothing is due any more."]
+
+
+def test_drain_that_has_left_out_a_queue_is_no_success(monkeypatch):
+    one = Supervisor(Options(names=("testapp.do_errand",), drain=True), [do_errand], said := [].append)
+    monkeypatch.setattr(one._prober, "_left_out", {"testapp.do_errand": time.monotonic() + 60})
+    assert one._is_anything_due()
+    assert said.__self__ == ["Nobody knows whether something is due in testapp.do_errand."]
+
+
+def test_worker_without_its_prober_stops_in_order(play, monkeypatch, caplog):
+    game = play()
+    monkeypatch.setattr(type(game.supervisor._prober), "is_alive", False)
+    wait_until(lambda: game.children[0].listen() or ("stop", 0.2) in game.children[0].heard)
+    game.children[0].die(0)
+    wait_until(lambda: game.codes == [1])
+    assert "The thread that looks for work has died" in caplog.text
+
+
+def test_health_is_that_of_the_processes_too(play, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_LONGEST_SILENCE", 1.0)
+    path = tmp_path / "health"
+    game = play(health_file=str(path))
+    child = game.children[0]
+    child.say("ready")
+    wait_until(path.exists)
+    wait_until(lambda: time.monotonic() - child.answered_at > 1.5)
+    time.sleep(1.2)
+    written = path.stat().st_mtime_ns
+    time.sleep(1.5)
+    assert path.stat().st_mtime_ns == written
+    wait_until(lambda: child.listen() or path.stat().st_mtime_ns > written)
 
 
 def test_end_of_a_drain_that_can_not_be_seen_is_none(monkeypatch):

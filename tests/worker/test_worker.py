@@ -1,7 +1,9 @@
 """The worker, as real processes with real signals: what it runs, how it stops, what dies with it."""
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from contextlib import suppress
@@ -174,6 +176,61 @@ def test_async_action_is_canceled_at_the_end_of_the_grace_time(workers):
     wait_until(lambda: stored(errand, "review_status").state == State.working)
     assert worker.stop()[0] == 0
     assert stored(errand, "review_status") == Status.waiting(5)
+
+
+#: Root alone can do so without a namespace of users, and its files are not all seen in one of those.
+NOT_ROOT = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+AS_FIRST = ["unshare", *NOT_ROOT, "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.fixture
+def as_first():
+    """Signals the first process of a namespace, as in a container: what it does not handle does nothing."""
+    if shutil.which("unshare") is None or subprocess.run([*AS_FIRST, "true"], check=False).returncode:
+        pytest.skip("this system makes no namespaces of processes")
+
+    def stop(worker):
+        _, first = worker.members("-m django modelqueue worker")  # that of unshare has it, too
+        began = time.monotonic()
+        os.kill(first, signal.SIGTERM)
+        return worker.process.wait(30), time.monotonic() - began
+
+    return stop
+
+
+def test_worker_as_the_first_process_of_a_container_stops_in_order(workers, as_first):
+    (errand,) = make("doze 1")
+    worker = workers.start("--grace", 20, launcher=AS_FIRST)
+    wait_until(is_running(errand))
+    assert as_first(worker)[0] == 0
+    assert (stored(errand).state, runs(errand)) == (State.finished, 1)
+    wait_until(is_gone(worker))
+
+
+def test_first_process_of_a_container_ends_though_its_fork_server_died(workers, as_first):
+    """It inherits the processes, which stay there as if alive unless it waits for them."""
+    (errand,) = make("doze 60")
+    before = stored(errand)
+    worker = workers.start("--grace", 1, launcher=AS_FIRST)
+    wait_until(is_running(errand))
+    for pid in worker.members("multiprocessing.forkserver"):
+        os.kill(pid, signal.SIGKILL)
+        break
+    code, seconds = as_first(worker)
+    assert (code, stored(errand)) == (0, before)
+    assert seconds < 10
+    wait_until(is_gone(worker))
+
+
+def test_thread_that_an_action_has_left_does_not_keep_its_process(workers):
+    first, second = make("linger 60", "")
+    worker = workers.start("--max-tasks", 1, "--threads", 1)
+    began = time.monotonic()
+    wait_until(lambda: {stored(first).state, stored(second).state} == {State.finished})
+    wait_until(lambda: worker.output.count("has run 1 task and is replaced") == 2)
+    assert time.monotonic() - began < 30
+    assert worker.stop()[1] < 5
+    wait_until(is_gone(worker))
 
 
 def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):

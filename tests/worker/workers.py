@@ -15,10 +15,10 @@ from tests.processes import ROOT, environment, wait_until
 class Worker:
     """One started ``manage.py modelqueue worker``, in a process group of its own."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, launcher=()):
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "django", "modelqueue", "worker", *map(str, arguments)],
+            [*launcher, sys.executable, "-m", "django", "modelqueue", "worker", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -42,11 +42,14 @@ class Worker:
         self.send(number)
         return self.process.wait(timeout), time.monotonic() - began
 
-    def members(self):
-        """The pids of all its processes, dead or alive but not gone."""
-        listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True)
-        rows = [line.split() for line in listed.stdout.splitlines()]
-        return [int(pid) for pid, group, state in rows if int(group) == self.pid and "Z" not in state]
+    def members(self, word=""):
+        """The pids of all its processes, dead or alive but not gone, that have a word in their command."""
+        listed = subprocess.run(
+            ["ps", "-wweo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True
+        )
+        rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
+        found = [(int(pid), state, command) for pid, group, state, command in rows if int(group) == self.pid]
+        return [pid for pid, state, command in found if "Z" not in state and word in command]
 
     def kill_group(self):
         os.killpg(self.pid, signal.SIGKILL)
@@ -65,8 +68,8 @@ class Workers:
     def __init__(self):
         self._started = []
 
-    def start(self, *arguments):
-        worker = Worker(*arguments)
+    def start(self, *arguments, launcher=()):
+        worker = Worker(*arguments, launcher=launcher)
         self._started.append(worker)
         return worker
 

@@ -99,7 +99,14 @@ class Engine(Session):
             size = limit
             while page and len(claims) < limit:
                 chunk, page, size = page[:size], page[size:], size * 2
-                claims += self._claim_among(source, chunk, clock, limit - len(claims))
+                try:
+                    claims += self._claim_among(source, chunk, clock, limit - len(claims))
+                except Exception:
+                    if not claims:
+                        raise
+                    # What is claimed already is committed, and nobody else would run it.
+                    logger.warning("%s: fewer are claimed.", source.model._meta.label, exc_info=True)
+                    return claims
             if len(claims) >= limit:
                 break
         return claims

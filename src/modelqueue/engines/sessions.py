@@ -138,6 +138,10 @@ class Session:
             return isinstance(error, RowLocked)
         return self.is_try_again(error) or self._has_lost_connection
 
+    def meets_everybody(self, error: Error) -> bool:
+        """Say whether any other statement would end with this error, too, as the database is away."""
+        return self._has_lost_connection
+
     def _close_if_broken(self) -> bool:
         if self.connection.is_usable():
             return False

@@ -103,6 +103,10 @@ class SQLiteEngine(Engine):
             return "is locked" in str(cause)
         return (code & 0xFF) in (_BUSY, _LOCKED)
 
+    def meets_everybody(self, error: Error) -> bool:
+        # There is one lock for all that write.
+        return self.is_try_again(error) or super().meets_everybody(error)
+
     def _lock_by_writing(self, source: Source[Any], rows: models.QuerySet[Any]) -> None:
         self.take_write_lock(source.field)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 from django.db import connections
@@ -30,6 +32,8 @@ __all__ = ["Claimer"]
 logger = logging.getLogger("modelqueue")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+#: Seconds after which the clock is looked at, if there is nothing to claim.
+_CLOCK_INTERVAL = 60.0
 
 
 class Claimer:
@@ -42,8 +46,7 @@ class Claimer:
         self._loop = loop
         self._completer = completer
         self._thread = threading.Thread(target=self._work, name="modelqueue-claimer", daemon=True)
-        self._is_stopped = threading.Event()
-        self._outage = _Outage()
+        self._troubles = _Troubles()
         self._clock: DatabaseClock | None = None
 
     def start(self) -> None:
@@ -59,7 +62,6 @@ class Claimer:
 
     def stop(self) -> None:
         """Claim no more. What is being claimed just now is run."""
-        self._is_stopped.set()
         self._slots.stop()
 
     def join(self, seconds: float) -> None:
@@ -67,35 +69,31 @@ class Claimer:
 
     def _work(self) -> None:
         try:
-            while (turn := self._slots.next()) is not None:
-                self._follow_the_clock(turn.lane)
-                if turn.limit:
-                    self._claim(turn)
-                else:
-                    self._recover(turn.lane)
+            while not self._slots.is_stopped:
+                turn = self._slots.next(_CLOCK_INTERVAL)
+                self._follow_the_clock(turn)
+                if turn is not None:
+                    self._recover(turn) if turn.is_recovery else self._claim(turn)
         finally:
             connections.close_all()
 
-    def _follow_the_clock(self, lane: Lane) -> None:
-        try:
-            if self._clock is None:
-                self._clock = DatabaseClock(lane.queue.using)
+    def _follow_the_clock(self, turn: Turn | None) -> None:
+        """Do so also while all slots are taken: leases are renewed meanwhile, by the same clock."""
+        if self._clock is None and turn is not None:
+            with suppress(Exception):  # of what gives the queryset, which the claim will tell
+                self._clock = DatabaseClock(turn.lane.queue.using)
+        if self._clock is not None:
             self._clock.follow()
-        except Exception:  # which the claim will tell
-            logger.debug("The clock of the database can not be read.", exc_info=True)
 
     def _claim(self, turn: Turn) -> None:
-        lane, claims = turn.lane, list[Claim[Any]]()
+        lane = turn.lane
         try:
             source = lane.queue.source()
-            claims = verbs.claim(source, turn.limit)
-            self._outage.ended(lane)
-        except Error as away:
-            self._wait(lane, away)
-            self._slots.want([lane.queue.name])
-        except Exception:
-            logger.exception("%s: its tasks can not be claimed.", lane.queue.name)
-            self._is_stopped.wait(1)
+            claims: list[Claim[Any]] = verbs.claim(source, turn.limit)
+        except Exception as error:
+            self._slots.failed(turn, self._troubles.begun(lane, "claimed", error))
+            return
+        self._troubles.ended(lane)
         self._slots.claimed(turn, len(claims))
         for claim in claims:
             running = self._register.add(lane, lane.queue.attempt(claim, source))
@@ -104,7 +102,7 @@ class Claimer:
             except Exception as error:  # the system gives no more threads, for example
                 logger.exception("%s can not be begun, and is given back.", running)
                 self._completer.put(running, Interrupted(str(error)))
-                self._is_stopped.wait(1)
+                lane.not_before = time.monotonic() + 1.0
 
     def _begin(self, lane: Lane, running: Running) -> None:
         attempt = running.attempt
@@ -121,37 +119,36 @@ class Claimer:
         else:
             self._completer.put(running, attempt.error)
 
-    def _recover(self, lane: Lane) -> None:
+    def _recover(self, turn: Turn) -> None:
+        lane = turn.lane
         try:
             verbs.recover(lane.queue.source(), lane.queue.recovery())
-        except Error as away:
-            self._wait(lane, away)
-        except Exception:
-            logger.exception("%s: its abandoned tasks can not be recovered.", lane.queue.name)
-            self._is_stopped.wait(1)
-
-    def _wait(self, lane: Lane, away: Error) -> None:
-        self._is_stopped.wait(self._outage.begun(lane, away))
+        except Exception as error:
+            self._slots.failed(turn, self._troubles.begun(lane, "recovered", error))
 
 
-class _Outage:
-    """What is known of the database being away, so that it is told once and asked ever less often."""
+class _Troubles:
+    """Queues of which nothing can be claimed, so that it is told once and asked ever less often.
+
+    The database is away, or a queue alone is broken: its table is missing, perhaps.
+    """
 
     def __init__(self) -> None:
         self._pause: dict[str, float] = {}
 
-    def begun(self, lane: Lane, error: Error) -> float:
-        """Note that the database did not answer; return for how many seconds to wait."""
+    def begun(self, lane: Lane, what: str, error: Exception) -> float:
+        """Note an error; return for how many seconds to wait."""
         name = lane.queue.name
         pause = self._pause.get(name)
         if pause is None:
-            logger.warning("%s: the database does not answer, trying again: %s", name, error)
+            fault = None if isinstance(error, Error) else error
+            logger.warning("%s: its tasks can not be %s, trying again: %s", name, what, error, exc_info=fault)
         pause = min(2 * pause, _LONGEST_PAUSE) if pause else _FIRST_PAUSE
         self._pause[name] = pause
         return random.uniform(pause / 2, pause)  # noqa: S311  (jitter)
 
     def ended(self, lane: Lane) -> None:
-        """Note that it does answer."""
+        """Note that there is none any more."""
         name = lane.queue.name
         if self._pause.pop(name, None) is not None:
-            logger.warning("%s: the database answers again.", name)
+            logger.warning("%s: its tasks can be claimed again.", name)

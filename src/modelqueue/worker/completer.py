@@ -131,7 +131,7 @@ class Completer:
         attempt = ended.running.attempt
         if isinstance(error, RowLocked):
             self._put_off(ended, error, _LONGEST_PAUSE_OF_LOCKED)
-        elif isinstance(error, Error) and attempt.engine.is_of_the_database_itself(error):
+        elif isinstance(error, Error) and attempt.engine.meets_everybody(error):
             self._waits_for[attempt.source.using] = ended
             self._put_off(ended, error, _LONGEST_PAUSE)
         elif isinstance(error, Error) and not ended.is_refused_for_long:  # its disk is full, for example

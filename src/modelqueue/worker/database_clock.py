@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
+
+from django.db import connections
 
 from modelqueue import clock
 from modelqueue.engines import engine_for
@@ -12,8 +15,8 @@ __all__ = ["DatabaseClock"]
 
 logger = logging.getLogger("modelqueue")
 
-#: Seconds between two looks at it.
-_INTERVAL = 60.0
+#: Seconds between two looks at it, and when the last one has failed.
+_INTERVAL, _SOON = 60.0, 5.0
 #: Seconds: a smaller difference is left alone, a larger one is told.
 _SMALL, _LARGE = 0.05, 1.0
 
@@ -24,15 +27,35 @@ class DatabaseClock:
     def __init__(self, using: str) -> None:
         self.using = using
         self._next = 0.0
+        self._is_told = False
 
     def follow(self) -> None:
-        """Set the clock of this process by that of the database, if the last time was long ago."""
+        """Set the clock of this process by that of the database, if the last time was long ago.
+
+        Raises nothing: who can not read it goes on by the last offset.
+        """
         if time.monotonic() < self._next:
             return
-        offset = engine_for(self.using).clock_offset()
-        if offset is None:  # next time, perhaps
+        self._next = time.monotonic() + _SOON
+        try:
+            offset = engine_for(self.using).clock_offset()
+        except Exception as error:
+            logger.debug("The clock of the database %r can not be read: %s", self.using, error)
+            with suppress(Exception):  # so that who comes next opens another
+                connections[self.using].close()
+            return
+        if offset is None:
+            level = logging.DEBUG if self._is_told else logging.WARNING
+            logger.log(
+                level,
+                "The database %r takes too long to answer to tell the time, so the worker goes by the clock "
+                "of this machine. Keep the clocks synchronized.",
+                self.using,
+            )
+            self._is_told = True
             return
         self._next = time.monotonic() + _INTERVAL
+        self._is_told = False
         seconds = offset.total_seconds()
         if abs(seconds) >= _LARGE:
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from typing import Any, cast
 
@@ -14,23 +15,31 @@ from modelqueue.worker.running import Running
 __all__ = ["Loop"]
 
 
+logger = logging.getLogger("modelqueue")
+
+
 class Loop:
     """The event loop of a process; begins with the first task."""
 
     def __init__(self, completer: Completer) -> None:
         self._completer = completer
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._tasks: dict[Running, asyncio.Task[Kept[BaseException | None]]] = {}
         #: Whom we have canceled: else it was the action itself, and that is a failure.
         self._canceled: set[Running] = set()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is None or self._thread.is_alive()
+
     def submit(self, running: Running) -> None:
         """Run the action of a claimed task."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(
-                target=self._work, args=[self._loop], name="modelqueue-loop", daemon=True
-            ).start()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._work, args=[loop], name="modelqueue-loop", daemon=True)
+            thread.start()
+            self._loop, self._thread = loop, thread  # once there is a thread that runs it
         self._loop.call_soon_threadsafe(self._begin, running)
 
     def cancel(self, running: Running) -> None:
@@ -45,7 +54,14 @@ class Loop:
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+                logger.error("An action has stopped the event loop of its worker, which goes on.")
+            except BaseException:
+                # SystemExit and KeyboardInterrupt of a task that an action has made leave the loop, too. Who
+                # awaits that task gets them as well.
+                logger.exception("The event loop goes on after an error that has left it.")
 
     def _begin(self, running: Running) -> None:
         attempt = cast("AsyncAttempt[Any]", running.attempt)

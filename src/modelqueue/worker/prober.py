@@ -6,7 +6,6 @@ queues and processes it has, and one when it was idle for long.
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import random
 import threading
@@ -31,6 +30,8 @@ logger = logging.getLogger("modelqueue")
 _SHORTEST, _LATELY = 0.1, 5.0
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
+#: Seconds for which a queue is left out whose tasks can not be looked for.
+_LEFT_OUT = 5.0
 
 #: Names of the queues that have due tasks, and of those that have abandoned ones; None: not known.
 Found = Callable[["list[str] | None", "list[str]"], None]
@@ -44,8 +45,11 @@ class Prober:
         self._again = threading.Event()
         self._is_stopped = False
         self._outages: dict[str, Outage] = {}
-        #: Queues that can not be looked at, which was told already.
-        self._left_out: set[str] = set()
+        #: Queues that can not be looked at, and when to try again.
+        self._left_out: dict[str, float] = {}
+        #: Until when no lease is to count as expired, as this worker stood still, or was cut off.
+        self._recover_from = 0.0
+        self._last_look: tuple[float, float] | None = None
         self._active_until = time.monotonic() + _LATELY
         #: That of the first database: a process has one clock.
         self._clock: DatabaseClock | None = None
@@ -67,20 +71,25 @@ class Prober:
         self._again.set()
 
     def _work(self) -> None:
-        pause = _SHORTEST
+        pause = waited = _SHORTEST
         try:
             while not self._is_stopped:
-                due = self._look()
+                due = self._look(waited)
                 if due:
                     self.look_again()
                 is_active = time.monotonic() < self._active_until
                 pause = min(_SHORTEST if is_active else pause * _GROWTH, max(self._poll, _SHORTEST))
-                self._again.wait(random.uniform(0.95, 1.15) * pause)  # noqa: S311  (jitter)
+                waited = random.uniform(0.95, 1.15) * pause  # noqa: S311  (jitter)
+                self._again.wait(waited)
         finally:
             connections.close_all()
 
-    def _look(self) -> list[str]:
-        """Look at each database, and pass on what was found; return the names of queues with due tasks."""
+    def _look(self, waited: float = 0.0) -> list[str]:
+        """Look at each database, and pass on what was found; return the names of queues with due tasks.
+
+        Args:
+            waited: how many seconds the last look is to be ago.
+        """
         due, expired, is_known = list[str](), list[str](), True
         for using, queues in self._by_database().items():
             outage = self._outages.setdefault(using, Outage(using))
@@ -94,12 +103,28 @@ class Prober:
                 outage.begun(away)
                 is_known = False
                 continue
-            outage.ended(max(queue.lease for queue in queues))
+            outage.ended(_longest_lease(queues))
             due += found[0]
             if not outage.is_too_fresh_to_recover:
                 expired += found[1]
-        self._found(due if is_known or due else None, expired)
+        if self._stood_still(waited):
+            self._recover_from = time.monotonic() + _longest_lease(self._queues)
+        self._found(
+            due if is_known or due else None, expired if time.monotonic() >= self._recover_from else []
+        )
         return due
+
+    def _stood_still(self, waited: float) -> bool:
+        """Say whether this look has ended so late that leases of our own may have expired meanwhile.
+
+        The machine was suspended, the processes were, the database has let us wait, or a clock was set. Those
+        who renew the leases wake up in this moment, too.
+        """
+        last, self._last_look = self._last_look, (time.time(), time.monotonic())
+        if last is None:
+            return False
+        seconds = max(abs(now - then) for now, then in zip(self._last_look, last, strict=True))
+        return seconds - waited > min(queue.lease for queue in self._queues).total_seconds() / 3
 
     def look(self) -> tuple[list[str], list[str]]:
         """Return the names of the queues that have due tasks, and of those that have abandoned ones.
@@ -117,12 +142,12 @@ class Prober:
     def _by_database(self) -> dict[str, list[Queue[Any]]]:
         by_database: dict[str, list[Queue[Any]]] = {}
         for queue in self._queues:
+            if time.monotonic() < self._left_out.get(queue.name, 0.0):
+                continue
             try:
                 by_database.setdefault(queue.using, []).append(queue)
             except Exception as error:  # of the callable that makes its queryset
                 self._leave_out(queue, error)
-            else:
-                self._left_out.discard(queue.name)
         return by_database
 
     def _leave_out(self, queue: Queue[Any], error: Exception) -> None:
@@ -130,7 +155,12 @@ class Prober:
             logger.error(
                 "%s: its tasks can not be looked for; other queues go on.", queue.name, exc_info=error
             )
-        self._left_out.add(queue.name)
+        self._left_out[queue.name] = time.monotonic() + _LEFT_OUT
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of queues whose tasks can not be looked for."""
+        return list(self._left_out)
 
     def _look_at(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
         try:
@@ -155,6 +185,8 @@ class Prober:
             if cutoff is not None:
                 questions.append((queue.name, True, source.expired(cutoff)))
         answers = engine_for(using).probe([rows for _, _, rows in questions])
+        for queue in queues:
+            self._left_out.pop(queue.name, None)
         found = [one for one, answer in zip(questions, answers, strict=True) if answer]
         due = [name for name, is_expired, _ in found if not is_expired]
         return due, [name for name, is_expired, _ in found if is_expired]
@@ -177,12 +209,16 @@ class Outage:
             logger.warning("The database %r does not answer, trying again: %s", self._using, error)
         self._is_away = True
 
-    def ended(self, lease: dt.timedelta) -> None:
+    def ended(self, lease: float) -> None:
         if self._is_away:
             logger.warning("The database %r answers again.", self._using)
-            self._recover_from = time.monotonic() + lease.total_seconds()
+            self._recover_from = time.monotonic() + lease
         self._is_away = False
 
     @property
     def is_too_fresh_to_recover(self) -> bool:
         return time.monotonic() < self._recover_from
+
+
+def _longest_lease(queues: list[Queue[Any]]) -> float:
+    return max(queue.lease for queue in queues).total_seconds()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -24,7 +25,7 @@ from modelqueue.worker.loop import Loop
 from modelqueue.worker.options import Options
 from modelqueue.worker.running import Register
 from modelqueue.worker.slots import Lane, Slots
-from modelqueue.worker.system import leave_stop_signals_to_the_supervisor, memory
+from modelqueue.worker.system import end_without_fail, leave_stop_signals_to_the_supervisor, memory
 from modelqueue.worker.threads import Threads
 
 __all__ = ["main"]
@@ -43,6 +44,7 @@ def main(options: Options, pipe: Connection[Any, Any]) -> None:
     if not apps.ready:
         django.setup()
     Process(options, pipe).run()
+    end_without_fail(_LAST_MOMENTS)
 
 
 class Process:
@@ -50,6 +52,10 @@ class Process:
         self._options = options
         self._pipe = pipe
         queues = [queue for queue in declared_queues() if queue.name in options.names]
+        if gone := sorted(set(options.names) - {queue.name for queue in queues}):
+            logger.error(
+                "The code has no queue any more of the name %s. Restart the worker.", ", ".join(gone)
+            )
         lanes = [Lane(queue, options.threads) for queue in queues]
         self._slots = Slots(lanes, options.threads, options.max_tasks)
         self._register = Register(self._slots)
@@ -58,6 +64,8 @@ class Process:
         self._loop = Loop(self._completer)
         self._claimer = Claimer(self._slots, self._register, self._threads, self._loop, self._completer)
         self._began = time.monotonic()
+        #: Not all processes of a worker at once.
+        self._lives = math.inf if options.max_seconds is None else options.max_seconds * _jitter()
         self._deadline: float | None = None
         """Until when running actions may end, by the monotonic clock; None: it is not to stop yet."""
 
@@ -79,7 +87,7 @@ class Process:
 
     def _end_if_broken(self) -> None:
         """End, to be replaced, rather than go on with a part of it dead: its tasks are recovered."""
-        if not (self._claimer.is_alive and self._completer.is_alive):
+        if not (self._claimer.is_alive and self._completer.is_alive and self._loop.is_alive):
             logger.critical("A thread of this process has died by a fault of its own: to be replaced.")
             logging.shutdown()
             os._exit(1)
@@ -116,9 +124,9 @@ class Process:
 
     def _reason_to_be_replaced(self) -> str | None:
         options = self._options
-        if options.max_tasks is not None and self._register.total >= options.max_tasks:
-            return f"has run {self._register.total} tasks"
-        if options.max_seconds is not None and time.monotonic() - self._began >= options.max_seconds:
+        if self._slots.is_used_up:  # what it still runs may take long
+            return f"has run {options.max_tasks} task{'' if options.max_tasks == 1 else 's'}"
+        if time.monotonic() - self._began >= self._lives:
             return f"has run for {options.max_seconds:g} s"
         if options.max_memory is not None and (used := memory() or 0) > options.max_memory:
             return f"uses {used} MiB of memory"
@@ -137,6 +145,7 @@ class Process:
         self._loop.interrupt()
         self._register.wait_for_all(_LAST_MOMENTS)
         self._completer.stop(_LAST_MOMENTS)
+        self._claimer.join(_LAST_MOMENTS)  # what it claims after this, nobody would give back
         self._report()
         if left := self._register.left():
             self._send("left", left)
@@ -146,4 +155,9 @@ class Process:
 
     def _has_ended(self) -> bool:
         """Wait a moment; return whether nothing is being claimed or run any more."""
+        self._claimer.join(_TICK)
         return not self._claimer.is_alive and self._register.wait_for_all(_TICK)
+
+
+def _jitter() -> float:
+    return random.uniform(1.0, 1.1)  # noqa: S311

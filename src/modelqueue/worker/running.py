@@ -14,6 +14,10 @@ from modelqueue.worker.slots import Lane, Slots
 __all__ = ["Left", "Register", "Running"]
 
 
+#: Seconds to wait for a renewal that is under way when nothing goes on after it.
+_LONGEST_RENEWAL = 1.0
+
+
 class Running:
     """A task that was claimed, and what is known of it."""
 
@@ -71,9 +75,10 @@ class Register:
             return self._changed.wait_for(lambda: not self._running, max(0.0, seconds))
 
     def left(self) -> list[Left]:
-        """Return what is still under way."""
+        """Return what is still under way, and will be for ever: its leases are not renewed any more."""
         with self._changed:
-            return [
-                Left(one.lane.queue.name, one.attempt.claim.row, set(one.attempt.leases))
-                for one in self._running
-            ]
+            running = list(self._running)
+        for one in running:
+            if one.attempt.renewal is not None:
+                one.attempt.renewal.end(_LONGEST_RENEWAL)
+        return [Left(one.lane.queue.name, one.attempt.claim.row, set(one.attempt.leases)) for one in running]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class Lane:
         self.is_wanted = True
         #: Is there perhaps something to recover?
         self.has_expired = False
+        #: When it may have its next turn, by the monotonic clock, as the last one has failed.
+        self.not_before = 0.0
 
     @property
     def free(self) -> int:
@@ -50,6 +53,10 @@ class Turn:
     limit: int
     """0: recover."""
 
+    @property
+    def is_recovery(self) -> bool:
+        return self.limit == 0
+
 
 class Slots:
     """The slots of a process, shared by its claimer and those who run and complete tasks."""
@@ -59,6 +66,7 @@ class Slots:
         #: How many more tasks may be claimed at all.
         self._left = math.inf if most_tasks is None else most_tasks
         self._by_name = {lane.queue.name: lane for lane in lanes}
+        self._was_recovery = False
         self._threads = self._free_threads = threads
         self._changed = threading.Condition()
         self._is_stopped = False
@@ -66,16 +74,20 @@ class Slots:
     def want(self, names: Iterable[str]) -> None:
         """Note that these queues may have due tasks."""
         with self._changed:
-            for name in names:
-                self._by_name[name].is_wanted = True
+            for lane in self._known(names):
+                lane.is_wanted = True
             self._changed.notify()
 
     def recover(self, names: Iterable[str]) -> None:
         """Note that these queues may have abandoned tasks."""
         with self._changed:
-            for name in names:
-                self._by_name[name].has_expired = True
+            for lane in self._known(names):
+                lane.has_expired = True
             self._changed.notify()
+
+    def _known(self, names: Iterable[str]) -> list[Lane]:
+        # A queue may be gone from the code since the supervisor has read it.
+        return [self._by_name[name] for name in names if name in self._by_name]
 
     def stop(self) -> None:
         """There is no further turn."""
@@ -83,24 +95,47 @@ class Slots:
             self._is_stopped = True
             self._changed.notify()
 
-    def next(self) -> Turn | None:
-        """Wait for the next turn, and reserve its slots; None: there is none any more."""
+    @property
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
+    def next(self, seconds: float = math.inf) -> Turn | None:
+        """Wait for the next turn, and reserve its slots; None: there is none, or none so soon."""
+        deadline = time.monotonic() + seconds
         with self._changed:
-            while True:
-                if self._is_stopped:
-                    return None
+            while not self._is_stopped:
                 if (turn := self._choose()) is not None:
+                    self._was_recovery = turn.is_recovery
                     return turn
-                self._changed.wait()
+                now = time.monotonic()
+                if now >= deadline:
+                    return None
+                moments = [lane.not_before for lane in self._lanes if lane.not_before > now]
+                moment = min([deadline, *moments])
+                self._changed.wait(None if moment == math.inf else moment - now)
+        return None
 
     def _choose(self) -> Turn | None:
-        for lane in self._lanes:
+        now = time.monotonic()
+        ready = [lane for lane in self._lanes if lane.not_before <= now]
+        # In turns: there may be very many to recover, and very many due.
+        choices = [self._choose_recovery, self._choose_claim]
+        for choose in reversed(choices) if self._was_recovery else choices:
+            if (turn := choose(ready)) is not None:
+                return turn
+        return None
+
+    def _choose_recovery(self, ready: list[Lane]) -> Turn | None:
+        for lane in ready:
             if lane.has_expired:
                 lane.has_expired = False
                 return Turn(lane, 0)
+        return None
+
+    def _choose_claim(self, ready: list[Lane]) -> Turn | None:
         if self._left <= 0:
             return None
-        wanted = [lane for lane in self._lanes if lane.is_wanted and lane.free > 0]
+        wanted = [lane for lane in ready if lane.is_wanted and lane.free > 0]
         able = [lane for lane in wanted if lane.is_async or self._free_threads > 0]
         if not able:
             return None
@@ -125,6 +160,24 @@ class Slots:
             if count == turn.limit:
                 turn.lane.is_wanted = True
             self._changed.notify()
+
+    def failed(self, turn: Turn, pause: float) -> None:
+        """Take a turn again that has failed, after so many seconds; other queues have theirs meanwhile."""
+        with self._changed:
+            self._take(turn.lane, -turn.limit)
+            self._left += turn.limit
+            turn.lane.not_before = time.monotonic() + pause
+            if turn.is_recovery:
+                turn.lane.has_expired = True
+            else:
+                turn.lane.is_wanted = True
+            self._changed.notify()
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether as many tasks were claimed as may be at all."""
+        with self._changed:
+            return self._left <= 0
 
     def freed(self, lane: Lane) -> None:
         """A task has ended."""

@@ -47,7 +47,7 @@ _EXTRA = 4.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 #: Seconds after which a process counts as sound, so that its death is the first one again.
 _SOUND = 60.0
-#: Seconds without a look of the prober after which the worker is not well.
+#: Seconds without a look of the prober, or an answer of any process, after which the worker is not well.
 _LONGEST_SILENCE = 30.0
 
 
@@ -63,9 +63,12 @@ class Child:
         self.pid = self.process.pid
         self.began = time.monotonic()
         self.is_ready = False
+        #: Was it told to stop?
         self.is_stopping = False
-        #: Why it is to be replaced, if it has said so.
+        #: Why it is to be replaced, if it has said so: it lets its tasks end, and stops by itself.
         self.reason: str | None = None
+        self.has_run_tasks = False
+        self.answered_at = self.began
         self.left: list[Left] = []
         self.kill_at: float | None = None
         #: How many slots are taken, as it said last.
@@ -85,7 +88,7 @@ class Child:
     def stop(self, grace: float) -> None:
         """Tell it to stop; whatever it does, it is killed some time after the grace."""
         self._unanswered = min(self._unanswered, _MOST_UNANSWERED - 1)
-        if not self.is_stopping or grace == 0.0:
+        if not self.is_stopping or grace == 0.0:  # once, and then at once
             self.send("stop", grace)
         kill_at = time.monotonic() + grace + _EXTRA
         self.kill_at = min(kill_at, self.kill_at or kill_at)
@@ -93,7 +96,13 @@ class Child:
 
     def answered(self, running: int) -> None:
         self._unanswered -= 1
+        self.answered_at = time.monotonic()
         self.running = running
+
+    @property
+    def is_at_work(self) -> bool:
+        """Say whether it takes tasks, or soon will."""
+        return not self.is_stopping and self.reason is None
 
     @property
     def has_ended(self) -> bool:
@@ -103,8 +112,10 @@ class Child:
         return self.process.exitcode != _FORK_SERVER_DIED or self.pid is None or not is_alive(self.pid)
 
     def kill(self) -> None:
-        if self.pid is not None and is_alive(self.pid):
-            self.process.kill() if self.process.exitcode is None else os.kill(self.pid, signal.SIGKILL)
+        if self.process.exitcode is None:
+            self.process.kill()
+        elif not self.has_ended and self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -136,11 +147,13 @@ class Supervisor:
         self._looks = 0
         self._looks_told = 0
         self._told: list[str] = []
+        self._code = 0
         self._stops = 0
         self._stopped_at: float | None = None
         self._deaths = 0
         self._start_at = 0.0
         self._turn = 0
+        self._giving_back: list[threading.Thread] = []
         self._is_stopping_now = False
         self._looked_at = 0.0
         #: Since which look nothing is due and no process is at work, and before when that means nothing.
@@ -164,6 +177,7 @@ class Supervisor:
                 self._start_missing()
                 self._wait()
                 self._bury()
+                self._stop_if_blind()
                 self._stop_if_told()
                 self._wake_children()
                 self._see_whether_drained()
@@ -171,12 +185,12 @@ class Supervisor:
         finally:
             self._prober.stop()
             self._end_all()
+            self._see_given_back()
             restore()
-        code = 0
         if self._options.drain and self._is_anything_due():
-            code = 1
+            self._code = 1
         connections.close_all()
-        return code
+        return self._code
 
     def stop(self) -> None:
         """Stop in order; a second time: at once. May be called from a signal handler or another thread."""
@@ -189,17 +203,25 @@ class Supervisor:
         if self._stopped_at is not None or time.monotonic() < self._start_at:
             return
         try:
-            while len(self._children) < self._options.processes:
+            while self._is_one_missing():
                 self._children.append(Child(self._options))
-        except OSError as error:
+        except (OSError, EOFError) as error:  # the second of a fork server that has just died
             self._say(f"A process can not be started: {error}.")
             self._pause()
+
+    def _is_one_missing(self) -> bool:
+        """Say whether to start one; also beside those to be replaced, which may run their tasks for long."""
+        most = self._options.processes
+        at_work = sum(child.is_at_work for child in self._children)
+        return at_work < most and len(self._children) < 2 * most
 
     def _wait(self) -> None:
         """Wait until a process says something or dies, the prober has found something, or a signal came."""
         handles: dict[Any, Child | None] = {self._wake_reader: None}
         for child in self._children:
-            handles[child.pipe] = handles[child.process.sentinel] = child
+            handles[child.pipe] = child
+            if child.process.exitcode is None:  # else its fork server has died, and it says nothing new
+                handles[child.process.sentinel] = child
         for ready in wait(list(handles), _TICK):
             speaker = handles[ready]
             if speaker is None:
@@ -219,11 +241,11 @@ class Supervisor:
             child.is_ready = True
             child.send("due", self._due or [])
         elif message == "ended":
+            child.has_run_tasks = True
             self._prober.look_again()
             self._ended(Counter(*arguments))
         elif message == "full":
             (child.reason,) = arguments
-            child.is_stopping = True
         elif message == "left":
             (child.left,) = arguments
         elif message == "answer":
@@ -247,6 +269,8 @@ class Supervisor:
             self._give_back(child.left)
             if child.reason is not None:
                 self._say(f"Process {child.pid} {child.reason} and is replaced.")
+                if not child.has_run_tasks:  # its limit is too low, so that nothing gets done
+                    self._pause()
             elif not child.is_stopping:
                 self._note_death(child)
 
@@ -269,11 +293,17 @@ class Supervisor:
         return pause
 
     def _give_back(self, left: list[Left]) -> None:
-        """Give tasks back whose process is dead; not for longer than a moment, as rows may be locked."""
+        """Give tasks back whose process is dead, beside all else, as rows may be locked."""
         if left:
             thread = threading.Thread(target=self._release, args=[left], daemon=True)
             thread.start()
-            thread.join(_LONGEST_GIVE_BACK)
+            self._giving_back.append(thread)
+
+    def _see_given_back(self) -> None:
+        """Wait until all is given back, but not for longer than a moment."""
+        deadline = time.monotonic() + _LONGEST_GIVE_BACK
+        for thread in self._giving_back:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _release(self, left: list[Left]) -> None:
         for task in left:
@@ -288,6 +318,15 @@ class Supervisor:
 
     # Stopping
 
+    def _stop_if_blind(self) -> None:
+        """End, for whoever watches over the worker to start another, rather than go on without a prober."""
+        if self._stopped_at is None and not self._prober.is_alive:
+            logger.critical(
+                "The thread that looks for work has died by a fault of its own: the worker stops."
+            )
+            self._code = 1
+            self._stops = max(self._stops, 1)
+
     def _stop_if_told(self, why: str = "Stopping: running tasks may end.") -> None:
         if self._stops == 0:
             return
@@ -300,8 +339,7 @@ class Supervisor:
             self._say("Stopping now.")
             self._is_stopping_now = True
         for child in self._children:
-            if child.reason is not None:  # it is stopping, and may take its time no longer
-                child.is_stopping, child.reason = False, None
+            child.reason = None  # it is to stop, and may take its time no longer
             if child.kill_at is None or grace == 0.0:
                 child.stop(grace)
 
@@ -335,7 +373,7 @@ class Supervisor:
 
     def _wake_children(self) -> None:
         """Pass on what the prober has found: to one process, in turns, and to all if that did not suffice."""
-        ready = [child for child in self._children if child.is_ready and not child.is_stopping]
+        ready = [child for child in self._children if child.is_ready and child.is_at_work]
         if not ready or self._looks == self._looks_told:
             return
         self._looks_told = self._looks
@@ -368,11 +406,15 @@ class Supervisor:
         except Exception:  # whatever it is, nobody knows that nothing is
             logger.exception("Whether something is due can not be seen.")
             return True
-        return bool(due)
+        if left_out := self._prober.left_out:
+            self._say(f"Nobody knows whether something is due in {', '.join(left_out)}.")
+        return bool(due or left_out)
 
     def _write_health(self) -> None:
         path = self._options.health_file
-        is_well = self._due is not None and time.monotonic() - self._looked_at < _LONGEST_SILENCE
+        latest = max((child.answered_at for child in self._children), default=0.0)
+        heard = min(self._looked_at, latest)
+        is_well = self._due is not None and time.monotonic() - heard < _LONGEST_SILENCE
         if path is None or time.monotonic() < self._health_at or not is_well:
             return
         self._health_at = time.monotonic() + 1.0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 __all__ = [
     "context",
     "describe_exit",
+    "end_without_fail",
     "interrupt_thread",
     "is_alive",
     "leave_stop_signals_to_the_supervisor",
@@ -75,7 +80,14 @@ def leave_stop_signals_to_the_supervisor() -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether there is a process of this number (which multiprocessing does not know of all)."""
+    """Say whether a process is alive of which multiprocessing does not know.
+
+    If the parent of a process has died, that of all processes inherits it: this one in a container, where it
+    has to be waited for, or it stays there as if alive.
+    """
+    with suppress(OSError, AttributeError):  # it is no child of ours; Windows
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -117,6 +129,17 @@ def _peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
+
+
+def end_without_fail(seconds: float) -> None:
+    """End this process after so many seconds whatever keeps it, such as a thread that an action has left."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        logging.shutdown()
+        os._exit(0)
+
+    threading.Thread(target=end, name="modelqueue-end", daemon=True).start()
 
 
 def interrupt_thread(ident: int, error: type[BaseException]) -> None:

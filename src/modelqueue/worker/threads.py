@@ -89,9 +89,21 @@ class Threads:
         except BaseException:  # of the database, with atomic=True
             logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
             self._finish(running, "lost")
+        self._restore_others(running)
         _close_old_connections(is_idle=False)
         with self._lock:
             self._idle += 1
+
+    def _restore_others(self, running: Running) -> None:
+        """Leave the connections to other databases fit for the next action of this thread."""
+        for connection in connections.all(initialized_only=True):
+            using = connection.alias
+            if using != running.attempt.source.using and engine_for(using).restore_connection():
+                logger.error(
+                    "%s has left a transaction open on the database %r, which was rolled back.",
+                    running,
+                    using,
+                )
 
     def _finish(self, running: Running, how: str) -> None:
         running.attempt.engine.give_way()
