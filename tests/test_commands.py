@@ -10,7 +10,7 @@ import time
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connections, models
+from django.db import connections
 
 import modelqueue
 from modelqueue import State, Status, clock
@@ -22,10 +22,11 @@ from modelqueue.management.progress import Progress
 from modelqueue.queues import Queue
 from modelqueue.report import Count, figures_of, report
 from modelqueue.selection import VERBS, Selection, change, parse_key
+from modelqueue.verbs import Pruned
 from tests import testapp
 from tests.actions import MILLISECOND, SECOND, Clock, stored, succeed
 from tests.processes import ROOT, environment, wait_until
-from tests.testapp.models import Attachment, Errand, Job, NumberedJob, Paper, Project, UuidTask
+from tests.testapp.models import Attachment, Errand, Job, NumberedJob, Paper, Project, Receipt, UuidTask
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -472,7 +473,9 @@ def test_prune_deletes_what_ended_long_ago():
     code, document = call_json("prune", NAME, "--older-than", "30d", "--state", "canceled")
     assert document == {
         "command": "prune", "older_than": 30 * 86400, "state": "canceled", "dry_run": False,
-        "queues": [{"queue": NAME, "matching": 1, "deleted": 1, "locked": 0}],
+        "queues": [
+            {"queue": NAME, "matching": 1, "deleted": 1, "locked": 0, "protected": 0, "protected_by": []}
+        ],
     }  # fmt: skip
     assert Errand.objects.count() == 2
 
@@ -516,7 +519,7 @@ def test_prune_passes_over_locked_rows(bystander):
     errands = make(*[Status.finished(number) for number in range(5)])
     lock(bystander, errands[0])
     lock(bystander, errands[3])
-    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=1)) == [1, 1, 1]
+    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=1)) == [Pruned(1)] * 3
     code, document = call_json("prune", NAME, "--older-than", "1h")
     assert (code, document["queues"][0]["locked"]) == (1, 2)
     assert (
@@ -525,16 +528,30 @@ def test_prune_passes_over_locked_rows(bystander):
     assert {errand.pk for errand in Errand.objects.all()} == {errands[0].pk, errands[3].pk}
 
 
-def test_row_that_a_foreign_key_protects_is_named(monkeypatch):
+def test_prune_passes_over_what_a_foreign_key_protects_and_goes_on(declare):
+    declare(Paper, "status", name="papers")(succeed)
+    papers = [Paper.objects.create(status=Status.finished(number)) for number in range(3)]
+    Receipt.objects.create(paper=papers[0])
     make(Status.finished(5))
+    code, document = call_json("prune", "papers", NAME, "--older-than", "1h")
+    assert code == 1
+    assert document["queues"] == [
+        {
+            "queue": "papers", "matching": 3, "deleted": 2, "locked": 0,
+            "protected": 1, "protected_by": ["testapp.Receipt"],
+        },
+        {"queue": NAME, "matching": 1, "deleted": 1, "locked": 0, "protected": 0, "protected_by": []},
+    ]  # fmt: skip
+    code, out, err = call("prune", "papers", "--older-than", "1h")
+    assert (code, out) == (1, "0 finished tasks of papers are deleted.\n")
+    assert err == "Left alone, as foreign keys of testapp.Receipt protect them: 1 task.\n"
 
-    def protected(*arguments):
-        yield 3
-        raise models.ProtectedError("They are protected.", set())
 
-    monkeypatch.setattr(modelqueue.verbs, "prune", protected)
-    with pytest.raises(CommandError, match=r"3 finished tasks .* the next can not be: They are protected\."):
-        call("prune", NAME, "--older-than", "1h")
+def test_one_task_is_said_of_in_the_singular():
+    make(Status.finished(5))
+    arguments = ("prune", NAME, "--older-than", "1h")
+    assert call(*arguments, "--dry-run")[1] == f"1 finished task of {NAME} would be deleted.\n"
+    assert call(*arguments)[1] == f"1 finished task of {NAME} is deleted.\n"
 
 
 def test_what_refers_to_a_task_goes_with_it(queue_over):

@@ -17,6 +17,7 @@ from django.utils import autoreload
 from modelqueue.clock import now
 from modelqueue.management.choose import chosen_queues
 from modelqueue.management.progress import Progress
+from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
@@ -155,8 +156,8 @@ def run_with_reloader(supervisor: Supervisor) -> int:
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     """Say what is served and where."""
-    size = f"{_plural(options.processes, 'process')} of {_plural(options.threads, 'thread')}"
-    lines = [f"Serving {_plural(len(queues), 'queue')} with {size}:"]
+    size = f"{counted(options.processes, 'process')} of {counted(options.threads, 'thread')}"
+    lines = [f"Serving {counted(len(queues), 'queue')} with {size}:"]
     for queue in queues:
         settings = connections[queue.using].settings_dict
         where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
@@ -165,10 +166,6 @@ def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
         )
     lines.append("Stop it with Ctrl-C." if not options.drain else "It stops when nothing is due.")
     return lines
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def _at_least(least: int) -> Any:

@@ -1,0 +1,15 @@
+"""How several sub-commands say things."""
+
+from __future__ import annotations
+
+__all__ = ["counted"]
+
+
+def counted(count: int, what: str) -> str:
+    """Return how many of a thing there are.
+
+    >>> counted(1, "task"), counted(1204, "task"), counted(2, "process")
+    ('1 task', '1,204 tasks', '2 processes')
+    """
+    many = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count:,} {what}{many}"
