@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand
 from django.db import connections
-from django.utils import autoreload
 
 from modelqueue.clock import now
+from modelqueue.management import reload
 from modelqueue.management.choose import chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted
@@ -97,12 +95,13 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     )
     if options["drain"]:
         return drain(worker, queues, command.stdout.write)
-    supervisor = Supervisor(worker, queues, command.stdout.write)
     is_to_reload = _is_to_reload(options)
-    if not is_to_reload or _is_reloaded():
-        for line in introduction(worker, queues):
-            command.stdout.write(line)
-    return run_with_reloader(supervisor) if is_to_reload else supervisor.run()
+    if is_to_reload and not reload.is_child():
+        return reload.run_children()
+    for line in introduction(worker, queues):
+        command.stdout.write(line)
+    supervisor = Supervisor(worker, queues, command.stdout.write)
+    return reload.serve_until_code_changes(supervisor) if is_to_reload else supervisor.run()
 
 
 def _is_to_reload(options: dict[str, Any]) -> bool:
@@ -128,30 +127,6 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
     if code:
         write("Something is due still.")
     return code
-
-
-def _is_reloaded() -> bool:
-    """Say whether this is the process that works, and not that which starts it anew."""
-    return os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) == "true"
-
-
-def run_with_reloader(supervisor: Supervisor) -> int:
-    """Serve, and begin anew, in order, whenever code of the project changes."""
-    ended = threading.Event()
-
-    def serve() -> None:
-        try:
-            supervisor.run(handle_signals=False)
-        finally:
-            ended.set()
-
-    try:
-        autoreload.run_with_reloader(serve)
-    finally:
-        if _is_reloaded():
-            supervisor.stop()
-            ended.wait()
-    return 0
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
