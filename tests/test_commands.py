@@ -634,6 +634,7 @@ def test_progress_is_lines_on_a_terminal_without_tqdm(monkeypatch):
             2,
             "No task is older than 2:00:00 and",
         ),
+        (["worker", "--drain", "--reload"], 2, "--drain stops when nothing is due, and --reload .* either"),
     ],
 )
 def test_wrong_call_is_refused_with_its_exit_code(arguments, code, text):
@@ -675,6 +676,13 @@ def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
         (["enqueue", NAME, "--older-than", "soon"], "argument --older-than: 'soon' is no duration"),
         (["prune", NAME], "the following arguments are required: --older-than"),
         (["prune", NAME, "--older-than", "1d", "--state", "waiting"], "waiting tasks are left alone by this"),
+        (["worker", "--threads", "x"], "argument --threads: give a whole number, 1 or more, not 'x'"),
+        (["worker", "--processes", "0"], "argument --processes: give a whole number, 1 or more, not '0'"),
+        (["worker", "--poll", "abc"], "argument --poll: give seconds, 0 or more, such as 0.5, not 'abc'"),
+        (["worker", "--grace", "-1"], "argument --grace: give seconds, 0 or more, such as 0.5, not '-1'"),
+        (["worker", "--grace", "inf"], "argument --grace: give seconds, 0 or more, such as 0.5, not 'inf'"),
+        (["worker", "--max-seconds", "0"], "argument --max-seconds: give seconds, more than 0, not '0'"),
+        (["worker", "--max-seconds", "x"], "argument --max-seconds: give seconds, 0 or more"),
     ],
 )
 def test_wrong_option_is_refused(arguments, text):

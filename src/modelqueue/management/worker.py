@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from modelqueue.clock import now
 from modelqueue.management import reload
-from modelqueue.management.choose import chosen_queues
+from modelqueue.management.choose import WRONG_USAGE, chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
@@ -75,11 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then")
     add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
     add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
-    add("--max-seconds", type=_seconds, metavar="SECONDS", help="replace a process after so long")
+    add("--max-seconds", type=_some_seconds, metavar="SECONDS", help="replace a process after so long")
     add("--health-file", metavar="PATH", help="write this file each second while the database answers")
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
+    if options["drain"] and options["reload"]:
+        raise CommandError(
+            "--drain stops when nothing is due, and --reload begins anew when code changes. Give either.",
+            returncode=WRONG_USAGE,
+        )
     queues = chosen_queues(options["queues"], options["exclude"], options["database"])
     worker = Options(
         names=tuple(queue.name for queue in queues),
@@ -143,18 +148,35 @@ def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     return lines
 
 
-def _at_least(least: int) -> Any:
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return how to read a whole number from the command line."""
+
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+            raise argparse.ArgumentTypeError(f"give a whole number, {least} or more, not {text!r}")
         return value
 
     return number
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    """Read seconds from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait, in seconds")
+        raise argparse.ArgumentTypeError(f"give seconds, 0 or more, such as 0.5, not {text!r}")
+    return value
+
+
+def _some_seconds(text: str) -> float:
+    """Read seconds that are not zero: a process that is replaced at once would run nothing."""
+    value = _seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"give seconds, more than 0, not {text!r}")
     return value
