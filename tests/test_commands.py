@@ -3,6 +3,7 @@
 import datetime as dt
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import time
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connections
+from django.db import OperationalError, connections, models
+from django.test.utils import isolate_apps
 
 import modelqueue
 from modelqueue import State, Status, clock
@@ -273,6 +275,50 @@ def test_watch_clears_a_terminal(monkeypatch):
     out = Terminal()
     call_command("modelqueue", "status", "--watch", stdout=out)
     assert out.getvalue().startswith("\x1b[2J\x1b[H")
+
+
+@isolate_apps("tests.testapp")
+def test_queue_that_can_not_be_looked_at_hides_no_other(declare):
+    class Missing(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    declare(Missing, "status", name="a.missing")(succeed)
+    make(Status.waiting())
+    code, document = call_json("status")
+    *others, broken = document["queues"]
+    assert (code, [one["queue"] for one in others]) == (1, [NAME, "testapp.review"])
+    error = broken.pop("error")
+    assert broken == {"queue": "a.missing", "model": "testapp.Missing", "field": "status"}
+    assert re.match(r"(Operational|Programming)Error: .*testapp_missing", error)
+    code, out, err = call("status")
+    assert (code, err) == (1, "")
+    assert out.splitlines()[1].startswith(NAME)
+    assert f"error: a.missing can not be looked at: {error}\n" in out
+    assert "are all migrations applied (migrate)?\n" in out
+    assert call("status", "a.missing")[1].startswith("error: a.missing")
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_watch_goes_on_when_the_database_was_away(monkeypatch):
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            connections["default"].connection.close()
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    code, out, err = call("status", "--watch", "--json")
+    assert (code, err) == (0, "")
+    found = [json.loads(line)["queues"] for line in out.splitlines()]
+    assert [["error" in one for one in queues] for queues in found] == [
+        [False] * 2, [True] * 2, [False] * 2
+    ]  # fmt: skip
 
 
 # retry, cancel, enqueue
@@ -660,6 +706,20 @@ def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
         CommandError, match=r"No queue is declared\. Decorate a function with @modelqueue\.queue"
     ):
         call("status")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["worker", "--drain"], ["prune", "--older-than", "1d"], ["retry", NAME, "--all"]]
+)
+def test_command_that_can_not_use_the_database_says_what_to_look_at(arguments, monkeypatch):
+    def away(self, *arguments):
+        raise OperationalError("connection failed:\n  is it running?")
+
+    monkeypatch.setattr(models.QuerySet, "count", away)
+    with pytest.raises(CommandError, match=r"can not be used: connection failed: is it running\?") as error:
+        call(*arguments)
+    assert "\nIs its server up, does DATABASES name the right one, and" in str(error.value)
+    assert error.value.returncode == 1
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from django.core.management.base import BaseCommand
+from django.db import close_old_connections
 
 from modelqueue.clock import now
 from modelqueue.durations import in_short
 from modelqueue.management.choose import chosen_queues
-from modelqueue.queues import Queue
-from modelqueue.report import LATELY, Figures, report
+from modelqueue.management.words import DATABASE_HINT
+from modelqueue.report import LATELY, Failure, Figures, report
 from modelqueue.status import Status
 
 HELP = "show how queues are doing"
@@ -40,7 +42,9 @@ HEADERS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.epilog = "Exit codes: 0 shown; 1 there is no such queue; 2 wrong usage."
+    parser.epilog = (
+        "Exit codes: 0 shown; 1 there is no such queue, or one can not be looked at; 2 wrong usage."
+    )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
         "--json",
@@ -53,27 +57,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     queues = chosen_queues(options["queues"], [], None)
     if not options["watch"]:
-        command.stdout.write(shown(queues, options["json"]))
-        return 0
+        found = report(queues)
+        command.stdout.write(shown(found, options["json"]))
+        return 1 if has_failed(found) else 0
     clear = CLEAR_SCREEN if command.stdout.isatty() and not options["json"] else ""
     try:
         while True:
-            command.stdout.write(clear + shown(queues, options["json"]))
+            found = report(queues)
+            command.stdout.write(clear + shown(found, options["json"]))
             command.stdout.flush()
+            if has_failed(found):
+                with suppress(Exception):  # of a driver, about what is closed already
+                    close_old_connections()  # those that are broken, so that the next look opens others
             time.sleep(1)
     except KeyboardInterrupt:  # the way to end it
         return 0
 
 
-def shown(queues: list[Queue[Any]], as_json: bool) -> str:
-    """Return the figures of queues as they are now, as a table or as a JSON document."""
-    moment, figures = now(), report(queues)
+def has_failed(found: list[Figures | Failure]) -> bool:
+    return any(isinstance(one, Failure) for one in found)
+
+
+def shown(found: list[Figures | Failure], as_json: bool) -> str:
+    """Return what was found of queues, as a table or as a JSON document."""
     if as_json:
-        document = {"at": moment.isoformat(), "queues": [one.as_dict() for one in figures]}
+        document = {"at": now().isoformat(), "queues": [one.as_dict() for one in found]}
         return json.dumps(document, default=str)
-    lines = [*table([HEADERS, *map(cells, figures)]), ""]
+    figures = [one for one in found if isinstance(one, Figures)]
+    failures = [one for one in found if isinstance(one, Failure)]
+    lines = [*table([HEADERS, *map(cells, figures)]), ""] if figures else []
     for one in figures:
         lines += [f"running: {one.queue.name} {task}" for task in running(one)]
+    lines += [f"error: {one.queue.name} can not be looked at: {one.error}" for one in failures]
+    if failures:
+        lines.append(DATABASE_HINT)
     return "\n".join(lines)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["counted"]
+__all__ = ["DATABASE_HINT", "counted"]
+
+#: What to look at when a database can not be used.
+DATABASE_HINT = (
+    "Is its server up, does DATABASES name the right one, and are all migrations applied (migrate)?"
+)
 
 
 def counted(count: int, what: str) -> str:
