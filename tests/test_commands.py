@@ -198,27 +198,27 @@ def test_next_scheduled_task_is_told(frozen):
     assert figures_of(do_errand).next_due is None
 
 
-def test_running_tasks_are_listed_with_their_age_and_whether_they_are_abandoned(frozen):
+def test_running_tasks_are_listed_with_their_last_renewal_and_whether_they_are_abandoned(frozen):
     wait = do_errand.recovery().lease
     ages = [wait + SECOND, wait, wait - MILLISECOND, 2 * SECOND, SECOND, 0 * SECOND]
     errands = make(*[Status.working(frozen.moment - age, 1) for age in ages])
     figures = figures_of(do_errand)
     assert [one.pk for one in figures.running] == [errand.pk for errand in errands[:5]]
     assert [one.is_abandoned for one in figures.running] == [True, True, False, False, False]
-    assert (figures.running[3].age, figures.running[3].attempts) == (2.0, 1)
+    assert (figures.running[3].renewed_ago, figures.running[3].attempts) == (2.0, 1)
+    assert figures.as_dict()["running"][3] == {
+        "pk": errands[3].pk, "renewed_ago": 2.0, "attempts": 1, "abandoned": False
+    }  # fmt: skip
     text = call("status")[1]
-    assert f"running: {NAME} {errands[3].pk} claimed or renewed 2s ago, attempt 2\n" in text
-    assert (
-        f"running: {NAME} {errands[0].pk} claimed or renewed {in_short(ages[0].seconds)} ago, attempt 2, "
-        in text
-    )
+    assert f"running: {NAME} {errands[3].pk} renewed 2s ago, attempt 2\n" in text
+    assert f"running: {NAME} {errands[0].pk} renewed {in_short(ages[0].seconds)} ago, attempt 2, " in text
     assert f"running: {NAME} and 1 more" in text
 
 
 def test_running_task_whose_number_is_no_time_is_abandoned(frozen):
     make(Status.working(5))
     ((one,),) = [figures_of(do_errand).running]
-    assert (one.age, one.is_abandoned) == (None, True)
+    assert (one.renewed_ago, one.is_abandoned) == (None, True)
     assert "attempt 1, its lease has run out" in call("status")[1]
 
 

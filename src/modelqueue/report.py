@@ -49,8 +49,11 @@ class Running:
     """A task that is working."""
 
     pk: Any
-    age: float | None
-    """Seconds since it was claimed, or its lease was renewed last; None where the row does not say."""
+    renewed_ago: float | None
+    """Seconds since its lease was renewed last, or began with the claim; None where the row does not say.
+
+    For how long it has been running no row says: a renewal takes the place of the claim.
+    """
     attempts: int
     """How many attempts had been made before this one."""
     is_abandoned: bool
@@ -103,7 +106,12 @@ class Figures:
             "longest_wait": self.longest_wait,
             "next_due": self.next_due,
             "running": [
-                {"pk": one.pk, "age": one.age, "attempts": one.attempts, "abandoned": one.is_abandoned}
+                {
+                    "pk": one.pk,
+                    "renewed_ago": one.renewed_ago,
+                    "attempts": one.attempts,
+                    "abandoned": one.is_abandoned,
+                }
                 for one in self.running
             ],
             "lately": {

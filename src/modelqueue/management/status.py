@@ -23,7 +23,7 @@ HELP = "show how queues are doing"
 DESCRIPTION = (
     "Show of each queue how many tasks are in each state, how long the oldest due one has been waiting (the "
     "queue of the longest wait comes first), how many are due and how many scheduled for later, which are "
-    "running and for how long without a sign of life, how many ended in the last 5 minutes, and when at "
+    "running and when their leases were renewed last, how many ended in the last 5 minutes, and when at "
     "that rate those will have ended that are due. Nothing is counted beyond 10,000, which is shown as "
     "10,000+, so that a look is cheap also on large tables."
 )
@@ -114,9 +114,9 @@ def running(one: Figures) -> list[str]:
     """Return a line for each running task that is listed, and one for the others."""
     lines = []
     for task in one.running:
-        age = "" if task.age is None else f" claimed or renewed {in_short(task.age)} ago,"
+        renewed = "" if task.renewed_ago is None else f" renewed {in_short(task.renewed_ago)} ago,"
         abandoned = ", its lease has run out" if task.is_abandoned else ""
-        lines.append(f"{task.pk}{age} attempt {task.attempts + 1}{abandoned}")
+        lines.append(f"{task.pk}{renewed} attempt {task.attempts + 1}{abandoned}")
     working = one.counts[Status.states[2]]
     if working.number > len(lines):
         lines.append(f"and {working.number - len(lines):,}{'+' if working.is_capped else ''} more")
