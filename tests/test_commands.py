@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -18,7 +19,7 @@ import modelqueue
 from modelqueue import State, Status, clock
 from modelqueue.durations import in_short, parse_duration
 from modelqueue.fields import declared_on
-from modelqueue.management import choose
+from modelqueue.management import choose, reload, worker
 from modelqueue.management.choose import chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.queues import Queue
@@ -605,6 +606,72 @@ def test_what_refers_to_a_task_goes_with_it(queue_over):
     Attachment.objects.create(paper=paper)
     assert queue_over(Paper).prune(HOUR) == 1
     assert (Attachment.objects.count(), Project.objects.count()) == (0, 1)
+
+
+# worker, as far as it is the command's; what it does is tested in tests/worker
+
+
+@pytest.fixture
+def supervise(monkeypatch):
+    """Play the supervisor: which attempts end, and what it returns; return a list of those that were made."""
+    made = []
+
+    def supervise(code=0, **ended):
+        class Supervisor:
+            def __init__(self, options, queues, told, ended=None):
+                self.options, self.queues, self._ended = options, queues, ended
+                made.append(self)
+
+            def run(self):
+                if ended:
+                    self._ended(Counter(ended))
+                return code
+
+        monkeypatch.setattr(worker, "Supervisor", Supervisor)
+        return made
+
+    return supervise
+
+
+def test_worker_is_as_big_as_it_is_told(supervise):
+    made = supervise()
+    code, out, _ = call("worker", NAME, "--processes", 2, "--poll", "0.5", "--max-seconds", "1.5")
+    (one,) = made
+    assert (code, one.queues, one.options.names) == (0, [do_errand], (NAME,))
+    assert (one.options.processes, one.options.poll, one.options.max_seconds) == (2, 0.5, 1.5)
+    assert out.startswith("Serving 1 queue with 2 processes of 4 threads:\n")
+    assert out.endswith("Stop it with Ctrl-C.\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "exit_code", "words"),
+    [
+        (0, {}, 0, "Nothing was due.\n"),
+        (0, {"finish": 1200, "fail": 1}, 0, r"Attempts: 1,200 finish, 1 fail; [\d,]+ a second\.\n"),
+        (1, {}, 3, "Something is due still.\n"),
+        (1, {"fail": 2}, 3, r"Attempts: 2 fail; [\d,]+ a second\.\nSomething is due still\.\n"),
+    ],
+)
+def test_drain_has_an_exit_code_for_what_is_due_still(code, ended, exit_code, words, supervise):
+    supervise(code, **ended)
+    found, out, _ = call("worker", "--drain")
+    assert found == exit_code
+    _, _, last_words = out.partition("It stops when nothing is due.\n")
+    assert re.fullmatch(words, last_words)
+
+
+def test_worker_reloads_with_debug_or_when_asked(supervise, monkeypatch, settings):
+    supervise()
+    monkeypatch.setattr(reload, "run_children", lambda: 7)
+    monkeypatch.setattr(reload, "serve_until_code_changes", lambda supervisor: 5)
+    assert call("worker", "--reload") == (7, "", "")  # its child says the rest
+    settings.DEBUG = True
+    assert call("worker")[0] == 7
+    assert call("worker", "--no-reload")[0] == 0
+    assert call("worker", "--drain")[0] == 0
+    monkeypatch.setenv("RUN_MAIN", "true")
+    code, out, _ = call("worker")
+    assert (code, out[:7]) == (5, "Serving")
 
 
 # Progress

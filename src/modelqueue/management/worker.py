@@ -20,6 +20,8 @@ from modelqueue.queues import Queue
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
 
+#: The exit code of a drain after which something is due still; 1 is that of every error.
+SOMETHING_IS_DUE = 3
 #: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
 _MOST_COUNTED = 1_000_000
 
@@ -34,7 +36,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 stopped; 1 there is no such queue, or --drain has left something due; 2 wrong usage."
+        "Exit codes: 0 stopped; 1 there is no such queue, or a database can not be used; 2 wrong usage; "
+        "3 --drain has left something due."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin anew when code of the project changes (default: with DEBUG, but not with --drain)",
     )
-    add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then")
+    add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then, else 3")
     add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
     add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
     add("--max-seconds", type=_some_seconds, metavar="SECONDS", help="replace a process after so long")
@@ -126,12 +129,16 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
             total.update(counts)
             progress.add(sum(counts.values()))
 
-        code = Supervisor(options, queues, write, ended).run()
-    outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
-    write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second." if total else "Nothing was due.")
-    if code:
-        write("Something is due still.")
-    return code
+        is_drained = Supervisor(options, queues, write, ended).run() == 0
+    if total:
+        outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
+        write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second.")
+    elif is_drained:
+        write("Nothing was due.")
+    if is_drained:
+        return 0
+    write("Something is due still.")
+    return SOMETHING_IS_DUE
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
