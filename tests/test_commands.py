@@ -3,29 +3,33 @@
 import datetime as dt
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connections, models
+from django.db import OperationalError, connections, models
+from django.test.utils import isolate_apps
 
 import modelqueue
 from modelqueue import State, Status, clock
 from modelqueue.durations import in_short, parse_duration
 from modelqueue.fields import declared_on
-from modelqueue.management import choose
+from modelqueue.management import choose, reload, worker
 from modelqueue.management.choose import chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.queues import Queue
 from modelqueue.report import Count, figures_of, report
 from modelqueue.selection import VERBS, Selection, change, parse_key
+from modelqueue.verbs import Pruned
 from tests import testapp
 from tests.actions import MILLISECOND, SECOND, Clock, stored, succeed
 from tests.processes import ROOT, environment, wait_until
-from tests.testapp.models import Attachment, Errand, Job, NumberedJob, Paper, Project, UuidTask
+from tests.testapp.models import Attachment, Errand, Job, NumberedJob, Paper, Project, Receipt, UuidTask
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -195,27 +199,27 @@ def test_next_scheduled_task_is_told(frozen):
     assert figures_of(do_errand).next_due is None
 
 
-def test_running_tasks_are_listed_with_their_age_and_whether_they_are_abandoned(frozen):
+def test_running_tasks_are_listed_with_their_last_renewal_and_whether_they_are_abandoned(frozen):
     wait = do_errand.recovery().lease
     ages = [wait + SECOND, wait, wait - MILLISECOND, 2 * SECOND, SECOND, 0 * SECOND]
     errands = make(*[Status.working(frozen.moment - age, 1) for age in ages])
     figures = figures_of(do_errand)
     assert [one.pk for one in figures.running] == [errand.pk for errand in errands[:5]]
     assert [one.is_abandoned for one in figures.running] == [True, True, False, False, False]
-    assert (figures.running[3].age, figures.running[3].attempts) == (2.0, 1)
+    assert (figures.running[3].renewed_ago, figures.running[3].attempts) == (2.0, 1)
+    assert figures.as_dict()["running"][3] == {
+        "pk": errands[3].pk, "renewed_ago": 2.0, "attempts": 1, "abandoned": False
+    }  # fmt: skip
     text = call("status")[1]
-    assert f"running: {NAME} {errands[3].pk} claimed or renewed 2s ago, attempt 2\n" in text
-    assert (
-        f"running: {NAME} {errands[0].pk} claimed or renewed {in_short(ages[0].seconds)} ago, attempt 2, "
-        in text
-    )
+    assert f"running: {NAME} {errands[3].pk} renewed 2s ago, attempt 2\n" in text
+    assert f"running: {NAME} {errands[0].pk} renewed {in_short(ages[0].seconds)} ago, attempt 2, " in text
     assert f"running: {NAME} and 1 more" in text
 
 
 def test_running_task_whose_number_is_no_time_is_abandoned(frozen):
     make(Status.working(5))
     ((one,),) = [figures_of(do_errand).running]
-    assert (one.age, one.is_abandoned) == (None, True)
+    assert (one.renewed_ago, one.is_abandoned) == (None, True)
     assert "attempt 1, its lease has run out" in call("status")[1]
 
 
@@ -272,6 +276,50 @@ def test_watch_clears_a_terminal(monkeypatch):
     out = Terminal()
     call_command("modelqueue", "status", "--watch", stdout=out)
     assert out.getvalue().startswith("\x1b[2J\x1b[H")
+
+
+@isolate_apps("tests.testapp")
+def test_queue_that_can_not_be_looked_at_hides_no_other(declare):
+    class Missing(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    declare(Missing, "status", name="a.missing")(succeed)
+    make(Status.waiting())
+    code, document = call_json("status")
+    *others, broken = document["queues"]
+    assert (code, [one["queue"] for one in others]) == (1, [NAME, "testapp.review"])
+    error = broken.pop("error")
+    assert broken == {"queue": "a.missing", "model": "testapp.Missing", "field": "status"}
+    assert re.match(r"(Operational|Programming)Error: .*testapp_missing", error)
+    code, out, err = call("status")
+    assert (code, err) == (1, "")
+    assert out.splitlines()[1].startswith(NAME)
+    assert f"error: a.missing can not be looked at: {error}\n" in out
+    assert "are all migrations applied (migrate)?\n" in out
+    assert call("status", "a.missing")[1].startswith("error: a.missing")
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_watch_goes_on_when_the_database_was_away(monkeypatch):
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            connections["default"].connection.close()
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    code, out, err = call("status", "--watch", "--json")
+    assert (code, err) == (0, "")
+    found = [json.loads(line)["queues"] for line in out.splitlines()]
+    assert [["error" in one for one in queues] for queues in found] == [
+        [False] * 2, [True] * 2, [False] * 2
+    ]  # fmt: skip
 
 
 # retry, cancel, enqueue
@@ -472,7 +520,9 @@ def test_prune_deletes_what_ended_long_ago():
     code, document = call_json("prune", NAME, "--older-than", "30d", "--state", "canceled")
     assert document == {
         "command": "prune", "older_than": 30 * 86400, "state": "canceled", "dry_run": False,
-        "queues": [{"queue": NAME, "matching": 1, "deleted": 1, "locked": 0}],
+        "queues": [
+            {"queue": NAME, "matching": 1, "deleted": 1, "locked": 0, "protected": 0, "protected_by": []}
+        ],
     }  # fmt: skip
     assert Errand.objects.count() == 2
 
@@ -516,7 +566,7 @@ def test_prune_passes_over_locked_rows(bystander):
     errands = make(*[Status.finished(number) for number in range(5)])
     lock(bystander, errands[0])
     lock(bystander, errands[3])
-    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=1)) == [1, 1, 1]
+    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=1)) == [Pruned(1)] * 3
     code, document = call_json("prune", NAME, "--older-than", "1h")
     assert (code, document["queues"][0]["locked"]) == (1, 2)
     assert (
@@ -525,16 +575,30 @@ def test_prune_passes_over_locked_rows(bystander):
     assert {errand.pk for errand in Errand.objects.all()} == {errands[0].pk, errands[3].pk}
 
 
-def test_row_that_a_foreign_key_protects_is_named(monkeypatch):
+def test_prune_passes_over_what_a_foreign_key_protects_and_goes_on(declare):
+    declare(Paper, "status", name="papers")(succeed)
+    papers = [Paper.objects.create(status=Status.finished(number)) for number in range(3)]
+    Receipt.objects.create(paper=papers[0])
     make(Status.finished(5))
+    code, document = call_json("prune", "papers", NAME, "--older-than", "1h")
+    assert code == 1
+    assert document["queues"] == [
+        {
+            "queue": "papers", "matching": 3, "deleted": 2, "locked": 0,
+            "protected": 1, "protected_by": ["testapp.Receipt"],
+        },
+        {"queue": NAME, "matching": 1, "deleted": 1, "locked": 0, "protected": 0, "protected_by": []},
+    ]  # fmt: skip
+    code, out, err = call("prune", "papers", "--older-than", "1h")
+    assert (code, out) == (1, "0 finished tasks of papers are deleted.\n")
+    assert err == "Left alone, as foreign keys of testapp.Receipt protect them: 1 task.\n"
 
-    def protected(*arguments):
-        yield 3
-        raise models.ProtectedError("They are protected.", set())
 
-    monkeypatch.setattr(modelqueue.verbs, "prune", protected)
-    with pytest.raises(CommandError, match=r"3 finished tasks .* the next can not be: They are protected\."):
-        call("prune", NAME, "--older-than", "1h")
+def test_one_task_is_said_of_in_the_singular():
+    make(Status.finished(5))
+    arguments = ("prune", NAME, "--older-than", "1h")
+    assert call(*arguments, "--dry-run")[1] == f"1 finished task of {NAME} would be deleted.\n"
+    assert call(*arguments)[1] == f"1 finished task of {NAME} is deleted.\n"
 
 
 def test_what_refers_to_a_task_goes_with_it(queue_over):
@@ -542,6 +606,72 @@ def test_what_refers_to_a_task_goes_with_it(queue_over):
     Attachment.objects.create(paper=paper)
     assert queue_over(Paper).prune(HOUR) == 1
     assert (Attachment.objects.count(), Project.objects.count()) == (0, 1)
+
+
+# worker, as far as it is the command's; what it does is tested in tests/worker
+
+
+@pytest.fixture
+def supervise(monkeypatch):
+    """Play the supervisor: which attempts end, and what it returns; return a list of those that were made."""
+    made = []
+
+    def supervise(code=0, **ended):
+        class Supervisor:
+            def __init__(self, options, queues, told, ended=None):
+                self.options, self.queues, self._ended = options, queues, ended
+                made.append(self)
+
+            def run(self):
+                if ended:
+                    self._ended(Counter(ended))
+                return code
+
+        monkeypatch.setattr(worker, "Supervisor", Supervisor)
+        return made
+
+    return supervise
+
+
+def test_worker_is_as_big_as_it_is_told(supervise):
+    made = supervise()
+    code, out, _ = call("worker", NAME, "--processes", 2, "--poll", "0.5", "--max-seconds", "1.5")
+    (one,) = made
+    assert (code, one.queues, one.options.names) == (0, [do_errand], (NAME,))
+    assert (one.options.processes, one.options.poll, one.options.max_seconds) == (2, 0.5, 1.5)
+    assert out.startswith("Serving 1 queue with 2 processes of 4 threads:\n")
+    assert out.endswith("Stop it with Ctrl-C.\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "exit_code", "words"),
+    [
+        (0, {}, 0, "Nothing was due.\n"),
+        (0, {"finish": 1200, "fail": 1}, 0, r"Attempts: 1,200 finish, 1 fail; [\d,]+ a second\.\n"),
+        (1, {}, 3, "Something is due still.\n"),
+        (1, {"fail": 2}, 3, r"Attempts: 2 fail; [\d,]+ a second\.\nSomething is due still\.\n"),
+    ],
+)
+def test_drain_has_an_exit_code_for_what_is_due_still(code, ended, exit_code, words, supervise):
+    supervise(code, **ended)
+    found, out, _ = call("worker", "--drain")
+    assert found == exit_code
+    _, _, last_words = out.partition("It stops when nothing is due.\n")
+    assert re.fullmatch(words, last_words)
+
+
+def test_worker_reloads_with_debug_or_when_asked(supervise, monkeypatch, settings):
+    supervise()
+    monkeypatch.setattr(reload, "run_children", lambda: 7)
+    monkeypatch.setattr(reload, "serve_until_code_changes", lambda supervisor: 5)
+    assert call("worker", "--reload") == (7, "", "")  # its child says the rest
+    settings.DEBUG = True
+    assert call("worker")[0] == 7
+    assert call("worker", "--no-reload")[0] == 0
+    assert call("worker", "--drain")[0] == 0
+    monkeypatch.setenv("RUN_MAIN", "true")
+    code, out, _ = call("worker")
+    assert (code, out[:7]) == (5, "Serving")
 
 
 # Progress
@@ -617,6 +747,7 @@ def test_progress_is_lines_on_a_terminal_without_tqdm(monkeypatch):
             2,
             "No task is older than 2:00:00 and",
         ),
+        (["worker", "--drain", "--reload"], 2, "--drain stops when nothing is due, and --reload .* either"),
     ],
 )
 def test_wrong_call_is_refused_with_its_exit_code(arguments, code, text):
@@ -645,6 +776,20 @@ def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "arguments", [["worker", "--drain"], ["prune", "--older-than", "1d"], ["retry", NAME, "--all"]]
+)
+def test_command_that_can_not_use_the_database_says_what_to_look_at(arguments, monkeypatch):
+    def away(self, *arguments):
+        raise OperationalError("connection failed:\n  is it running?")
+
+    monkeypatch.setattr(models.QuerySet, "count", away)
+    with pytest.raises(CommandError, match=r"can not be used: connection failed: is it running\?") as error:
+        call(*arguments)
+    assert "\nIs its server up, does DATABASES name the right one, and" in str(error.value)
+    assert error.value.returncode == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ([], "the following arguments are required: COMMAND"),
@@ -658,6 +803,13 @@ def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
         (["enqueue", NAME, "--older-than", "soon"], "argument --older-than: 'soon' is no duration"),
         (["prune", NAME], "the following arguments are required: --older-than"),
         (["prune", NAME, "--older-than", "1d", "--state", "waiting"], "waiting tasks are left alone by this"),
+        (["worker", "--threads", "x"], "argument --threads: give a whole number, 1 or more, not 'x'"),
+        (["worker", "--processes", "0"], "argument --processes: give a whole number, 1 or more, not '0'"),
+        (["worker", "--poll", "abc"], "argument --poll: give seconds, 0 or more, such as 0.5, not 'abc'"),
+        (["worker", "--grace", "-1"], "argument --grace: give seconds, 0 or more, such as 0.5, not '-1'"),
+        (["worker", "--grace", "inf"], "argument --grace: give seconds, 0 or more, such as 0.5, not 'inf'"),
+        (["worker", "--max-seconds", "0"], "argument --max-seconds: give seconds, more than 0, not '0'"),
+        (["worker", "--max-seconds", "x"], "argument --max-seconds: give seconds, 0 or more"),
     ],
 )
 def test_wrong_option_is_refused(arguments, text):

@@ -10,8 +10,9 @@ from asgiref.sync import async_to_sync
 import modelqueue
 from modelqueue import State, Status, clock, queues
 from modelqueue.fields import declared_on
+from modelqueue.verbs import Pruned
 from tests.actions import MILLISECOND, SECOND, heard, row, stored, succeed
-from tests.testapp.models import Errand, Job, Paper, PlainJob, PrintJob, ProxyJob, Task
+from tests.testapp.models import Errand, Job, Paper, PlainJob, PrintJob, ProxyJob, Quotation, Receipt, Task
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -333,11 +334,30 @@ def test_prune_deletes_what_ended_long_ago_in_batches():
         Errand.objects.create(status=Status.canceled(old)),
     ]
     Errand.objects.bulk_create([Errand(status=Status.finished(old, number)) for number in range(5)])
-    counts = modelqueue.verbs.prune(Errand.objects, "status", 10 * SECOND, batch=2)
-    assert list(counts) == [2, 2, 1]
+    batches = modelqueue.verbs.prune(Errand.objects, "status", 10 * SECOND, batch=2)
+    assert list(batches) == [Pruned(2), Pruned(2), Pruned(1)]
     assert set(Errand.objects.all()) == set(kept)
     assert do_errand.prune(10 * SECOND, "canceled") == 1
     assert list(Errand.objects.all()) == kept[:1]
+
+
+def test_prune_passes_over_what_a_foreign_key_protects_and_logs_it(declare, caplog):
+    queue = declare(Paper, "status", name="papers")(succeed)
+    Paper.objects.bulk_create([Paper(status=Status.finished(number // 2)) for number in range(8)])
+    papers = list(Paper.objects.order_by("pk"))
+    kept = [papers[number] for number in (0, 1, 2, 5)]
+    Receipt.objects.bulk_create([Receipt(paper=paper) for paper in kept[:3]])
+    Quotation.objects.create(paper=kept[3])
+    in_batches = modelqueue.verbs.prune(Paper.objects.all(), "status", SECOND, batch=2)
+    receipts, quotations = frozenset({"testapp.Receipt"}), frozenset({"testapp.Quotation"})
+    assert [next(in_batches), next(in_batches)] == [Pruned(0, 2, receipts), Pruned(1, 1, receipts)]
+    assert queue.prune(SECOND) == 3
+    assert list(Paper.objects.order_by("pk")) == kept
+    assert list(in_batches) == [Pruned(0, 1, quotations)]
+    (text,) = caplog.messages
+    assert "4 old tasks are not deleted, as foreign keys of testapp.Quotation, testapp.Receipt" in text
+    Receipt.objects.all().delete()
+    assert queue.prune(SECOND) == 3
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Worker:
 
     def failure(self) -> str | None:
         """Return what is to be said of a worker that ended by a fault of its own."""
-        if self._process.returncode in (0, 1):  # 1: in the last moment something became due
+        if self._process.returncode in (0, 3):  # 3: in the last moment something became due
             return None
         return f"the worker ended with code {self._process.returncode}: {self.last_words}"
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -39,6 +40,8 @@ __all__ = ["Queue", "declared_queues", "discover", "queue"]
 
 M = TypeVar("M", bound=models.Model)
 Origin = Union["type[M]", "models.Manager[M]", "models.QuerySet[M]", "Callable[[], models.QuerySet[M]]"]
+
+logger = logging.getLogger("modelqueue")
 
 DEFAULT_LEASE = dt.timedelta(seconds=30)
 SHORTEST_LEASE = dt.timedelta(seconds=3)
@@ -230,12 +233,21 @@ class Queue(Generic[M]):
         """Delete tasks that ended longer ago than that; return how many. Locked ones are left alone.
 
         So is a row that is still open (created, waiting or working) in another declared queue of the model,
-        as a later stage of a pipeline is.
+        as a later stage of a pipeline is, and one that a foreign key protects (``PROTECT`` or ``RESTRICT``):
+        how many these are is logged.
 
         Raises:
             TypeError, ValueError: see `modelqueue.verbs.prune`.
         """
-        return sum(verbs.prune(self.prunable(), self.field.name, older_than, state))
+        pruned = sum(verbs.prune(self.prunable(), self.field.name, older_than, state), verbs.Pruned())
+        if pruned.protected:
+            logger.warning(
+                "%s: %s old tasks are not deleted, as foreign keys of %s protect them.",
+                self.name,
+                pruned.protected,
+                ", ".join(sorted(pruned.protectors)),
+            )
+        return pruned.deleted
 
     def prunable(self) -> models.QuerySet[M]:
         """Return the tasks that no other declared queue has still before it, whatever their state here."""

@@ -19,7 +19,7 @@ from modelqueue.clock import now
 from modelqueue.queues import Queue
 from modelqueue.status import FIRST_TIME, State, Status, priority_to_datetime
 
-__all__ = ["CAP", "Count", "Figures", "Running", "figures_of", "report"]
+__all__ = ["CAP", "Count", "Failure", "Figures", "Running", "figures_of", "in_a_line", "report"]
 
 #: How many tasks are counted; where there are more, a figure says so.
 CAP = 10_000
@@ -49,8 +49,11 @@ class Running:
     """A task that is working."""
 
     pk: Any
-    age: float | None
-    """Seconds since it was claimed, or its lease was renewed last; None where the row does not say."""
+    renewed_ago: float | None
+    """Seconds since its lease was renewed last, or began with the claim; None where the row does not say.
+
+    For how long it has been running no row says: a renewal takes the place of the claim.
+    """
     attempts: int
     """How many attempts had been made before this one."""
     is_abandoned: bool
@@ -103,7 +106,12 @@ class Figures:
             "longest_wait": self.longest_wait,
             "next_due": self.next_due,
             "running": [
-                {"pk": one.pk, "age": one.age, "attempts": one.attempts, "abandoned": one.is_abandoned}
+                {
+                    "pk": one.pk,
+                    "renewed_ago": one.renewed_ago,
+                    "attempts": one.attempts,
+                    "abandoned": one.is_abandoned,
+                }
                 for one in self.running
             ],
             "lately": {
@@ -117,10 +125,41 @@ class Figures:
         }
 
 
-def report(queues: Iterable[Queue[Any]], cap: int = CAP) -> list[Figures]:
-    """Return the figures of queues, first those whose oldest due task has been waiting longest."""
-    found = [figures_of(queue, cap) for queue in queues]
-    return sorted(found, key=lambda one: (-(one.longest_wait or 0.0), -one.due.number, one.queue.name))
+@dataclass(frozen=True)
+class Failure:
+    """A queue that can not be looked at: its table is missing perhaps, or its database is away."""
+
+    queue: Queue[Any]
+    error: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `status --json` prints of it."""
+        return {
+            "queue": self.queue.name,
+            "model": self.queue.model._meta.label,
+            "field": self.queue.field.name,
+            "error": self.error,
+        }
+
+
+def report(queues: Iterable[Queue[Any]], cap: int = CAP) -> list[Figures | Failure]:
+    """Return the figures of queues, first those whose oldest due task has been waiting longest.
+
+    Those that can not be looked at come last: they hide nothing of the others.
+    """
+    found, failed = list[Figures](), list[Failure]()
+    for queue in queues:
+        try:
+            found.append(figures_of(queue, cap))
+        except Exception as error:  # also of the callable that makes its queryset
+            failed.append(Failure(queue, f"{type(error).__name__}: {in_a_line(error)}"))
+    found.sort(key=lambda one: (-(one.longest_wait or 0.0), -one.due.number, one.queue.name))
+    return [*found, *failed]
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the text of an error; drivers give theirs line breaks."""
+    return " ".join(str(error).split())
 
 
 def figures_of(queue: Queue[Any], cap: int = CAP) -> Figures:

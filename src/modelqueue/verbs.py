@@ -11,10 +11,12 @@ import logging
 import operator
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from django.db import models, router
+from django.db import models, router, transaction
 from django.db.models import F, Q, Value
+from django.db.models.deletion import ProtectedError, RestrictedError
 
 from modelqueue import outcomes, signals
 from modelqueue.clock import now
@@ -32,7 +34,7 @@ from modelqueue.source import (
 )
 from modelqueue.status import State, StateLike, Status, datetime_to_int, priority_to_datetime, shifted
 
-__all__ = ["cancel", "claim", "enqueue", "prune", "recover", "release", "renew", "retry"]
+__all__ = ["Pruned", "cancel", "claim", "enqueue", "prune", "recover", "release", "renew", "retry"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -199,17 +201,36 @@ def _change(queryset: Tasks[Any], field: str, condition: Q, state: State) -> int
     return engine.patiently(change)
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """What has become of old tasks."""
+
+    deleted: int = 0
+    protected: int = 0
+    """How many are kept, as a foreign key that refers to them forbids to delete them."""
+    protectors: frozenset[str] = frozenset()
+    """The labels of the models that these foreign keys are in."""
+
+    def __add__(self, other: Pruned) -> Pruned:
+        return Pruned(
+            self.deleted + other.deleted,
+            self.protected + other.protected,
+            self.protectors | other.protectors,
+        )
+
+
 def prune(
     queryset: Tasks[Any],
     field: str,
     older_than: dt.timedelta,
     state: StateLike = State.finished,
     batch: int = 500,
-) -> Iterator[int]:
+) -> Iterator[Pruned]:
     """Delete tasks that ended long ago, oldest first, in batches of a transaction each.
 
     As by `QuerySet.delete`: what refers to them goes with them or keeps them, as its ``on_delete`` says.
-    Tasks that somebody has locked are left alone.
+    Tasks that somebody has locked are passed over, and so are those that a foreign key protects
+    (``PROTECT`` and ``RESTRICT``).
 
     Args:
         older_than: how long ago they ended, zero or more.
@@ -217,56 +238,75 @@ def prune(
         batch: how many to delete in one transaction.
 
     Yields:
-        After each batch, how many tasks were in it.
+        After each batch, what has become of it.
 
     Raises:
         TypeError, ValueError: `older_than` or `state` is none that tasks end with.
     """
     rows = on_write_database(queryset)
     column = status_field(rows.model, field)
-    is_old = _ended_before(column.name, older_than, state)
-    old = rows.filter(is_old).order_by(column.name, "pk")
+    first, last = _ended_before(older_than, state)
     key = owner_key(rows.model, column)
+    columns = ["pk", column.name, *([] if key == "pk" else [key])]
     engine = engine_for(rows.db)
-    #: Those that were found locked; they are not looked at again.
-    locked: list[Any] = []
+    is_old = _between(column.name, first, last)
+    page: list[Any] = []
 
-    def delete() -> tuple[int, list[Any]]:
+    def delete(start: int, behind: Q) -> Pruned:
+        old = rows.filter(behind, _between(column.name, start, last)).order_by(column.name, "pk")
         with engine.transaction():
             engine.take_write_lock(column)
-            page = old.exclude(pk__in=locked).values_list("pk", *([] if key == "pk" else [key]))
-            keys = {found[0]: found[-1] for found in page[:batch]}
+            page[:] = old.values_list(*columns)[:batch]
+            keys = {pk: owner[0] if owner else pk for pk, _, *owner in page}
             # Asked once more under the lock: a task that somebody has enqueued meanwhile is kept.
             table: models.QuerySet[Any] = models.QuerySet(owner_of(column), using=rows.db)
             free = engine.deletable(table.filter(is_old, pk__in=list(keys.values())))
-            gone = [pk for pk, one in keys.items() if one in free]
-            models.QuerySet(rows.model, using=rows.db).filter(pk__in=gone).delete()
-            return len(gone), [pk for pk, one in keys.items() if one not in free]
+            tasks: models.QuerySet[Any] = models.QuerySet(rows.model, using=rows.db)
+            return _delete(tasks, [pk for pk, one in keys.items() if one in free])
 
-    while True:
-        count, passed = engine.patiently(delete)
-        locked += passed
-        if count:
-            yield count
-        elif not passed:
-            return
+    pruned = engine.patiently(functools.partial(delete, first, Q()))
+    while page:
+        if pruned.deleted or pruned.protected:
+            yield pruned
+        # On from the last one, as those that were passed over are still there, however many they are. (Its
+        # status replaces the bound: of two, SQLite would seek to the first.)
+        pk, status = page[-1][:2]
+        behind = Q(**{f"{column.name}__gt": status}) | Q(pk__gt=pk)
+        pruned = engine.patiently(functools.partial(delete, status, behind))
+
+
+def _delete(tasks: models.QuerySet[Any], keys: list[Any]) -> Pruned:
+    """Delete the tasks with these keys: all at once or, where some are protected, one by one."""
+    try:
+        with transaction.atomic(tasks.db):
+            tasks.filter(pk__in=keys).delete()
+    except (ProtectedError, RestrictedError) as error:
+        if len(keys) > 1:
+            return sum((_delete(tasks, [key]) for key in keys), Pruned())
+        objects = error.protected_objects if isinstance(error, ProtectedError) else error.restricted_objects
+        return Pruned(protected=1, protectors=frozenset(one._meta.label for one in objects))
+    return Pruned(len(keys))
 
 
 def ended_before(
     queryset: Tasks[Any], field: str, older_than: dt.timedelta, state: StateLike = State.finished
 ) -> models.QuerySet[Any]:
     """Return the tasks that `prune` would delete now; arguments and errors are its own."""
-    return on_write_database(queryset).filter(_ended_before(field, older_than, state))
+    return on_write_database(queryset).filter(_between(field, *_ended_before(older_than, state)))
 
 
-def _ended_before(field: str, older_than: dt.timedelta, state: StateLike) -> Q:
+def _ended_before(older_than: dt.timedelta, state: StateLike) -> tuple[int, int]:
+    """Return the first and the last status of tasks that ended so long ago."""
     ended = State.of(state)
     if ended not in (State.finished, State.canceled):
         raise ValueError(f"prune() deletes what has ended, finished or canceled, not {ended}.")
     if not isinstance(older_than, dt.timedelta):
         raise TypeError(f"older_than is a datetime.timedelta, not {older_than!r}.")
-    last = Status.combine(ended, shifted(now(), -older_than), Status.max_attempts)
-    return Q(**{f"{field}__gte": Status.minimum(ended), f"{field}__lte": last})
+    return Status.minimum(ended), Status.combine(ended, shifted(now(), -older_than), Status.max_attempts)
+
+
+def _between(field: str, first: int, last: int) -> Q:
+    return Q(**{f"{field}__gte": first, f"{field}__lte": last})
 
 
 def enqueue(

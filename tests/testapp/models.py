@@ -183,6 +183,18 @@ class Attachment(models.Model):
     name = models.CharField(max_length=100, blank=True)
 
 
+class Receipt(models.Model):
+    """Its paper can not be deleted."""
+
+    paper = models.ForeignKey(Paper, models.PROTECT)
+
+
+class Quotation(models.Model):
+    """Its paper can be deleted only with it, by way of something else that both belong to."""
+
+    paper = models.ForeignKey(Paper, models.RESTRICT)
+
+
 class ReviewedTask(Task):
     """The text of a failure is in the table of the child, the status in that of the parent."""
 

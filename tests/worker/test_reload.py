@@ -1,15 +1,25 @@
-"""The worker begins anew when code of the project changes. In a project of its own, which can be changed."""
+"""The worker begins anew when code of the project changes, and stops in order all the same.
+
+In a project of its own, which can be changed; the parts of it, without.
+"""
 
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+import threading
+import time
+from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import pytest
+from django.utils import autoreload
 
+from modelqueue.management import reload
 from tests.processes import ROOT, wait_until
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 FILES = {
     "settings.py": """
@@ -30,35 +40,100 @@ class Order(models.Model):
     status = modelqueue.StatusField()
 """,
     "shop/queues.py": """
+import pathlib
+import time
 import modelqueue
 from shop.models import Order
 
 @modelqueue.queue(Order, "status")
 def pack(order):
-    order.note = "old"
+    if order.note == "long":
+        pathlib.Path("begun").touch()
+        while not pathlib.Path("ready").exists():
+            time.sleep(0.05)
+    else:
+        order.note = "old"
 """,
 }
 
 
-@pytest.mark.vendor("sqlite")
-def test_changed_action_is_the_one_that_is_run(tmp_path):
+@pytest.fixture
+def project(tmp_path):
+    """The folder of the project, with its table."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     manage(tmp_path, "makemigrations", "shop").wait()
     manage(tmp_path, "migrate", "--skip-checks").wait()
-    worker = manage(tmp_path, "modelqueue", "worker", "--poll", "0.1")
-    try:
-        assert note_of_a_new_order(tmp_path, 1) == "old"
-        queues = tmp_path / "shop/queues.py"
-        queues.write_text(queues.read_text().replace("old", "new"))
-        wait_until(lambda: "changed, reloading" in (tmp_path / "output").read_text())
-        assert note_of_a_new_order(tmp_path, 2) == "new"
-    finally:
-        os.killpg(worker.pid, signal.SIGINT)  # as Ctrl-C does
-        worker.wait(30)
-    assert (tmp_path / "output").read_text().count("Stopping: running tasks may end.") == 2
+    return tmp_path
+
+
+@pytest.fixture
+def start(project):
+    """Start a worker that reloads; nothing of it is left after the test."""
+    started = []
+
+    def start(*options):
+        started.append(manage(project, "modelqueue", "worker", "--poll", "0.1", *options))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+@pytest.mark.vendor("sqlite")
+def test_changed_action_is_the_one_that_is_run(project, start):
+    worker = start()
+    assert note_of_a_new_order(project, 1) == "old"
+    queues = project / "shop/queues.py"
+    queues.write_text(queues.read_text().replace("old", "new"))
+    wait_until(lambda: "changed, reloading" in output(project))
+    assert note_of_a_new_order(project, 2) == "new"
+    os.killpg(worker.pid, signal.SIGINT)  # as Ctrl-C does
+    assert worker.wait(30) == 0
+    assert output(project).count("Stopping: running tasks may end.") == 2
+    assert "Stopping now" not in output(project)
     wait_until(lambda: not members(worker.pid))
+
+
+@pytest.mark.vendor("sqlite")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_running_action_may_end(number, send, project, start):
+    worker = start()
+    begin_long_order(project)
+    send(worker.pid, number)
+    wait_until(lambda: "Stopping: running tasks may end." in output(project))
+    time.sleep(0.5)  # Django's own parent would have killed it by now
+    (project / "ready").touch()
+    assert worker.wait(30) == 0
+    assert order(project, 1) == ("long", 4, 1)
+    assert "Stopping now" not in output(project)
+    wait_until(lambda: not members(worker.pid))
+
+
+@pytest.mark.vendor("sqlite")
+def test_second_signal_ends_it_now_and_charges_nothing(project, start):
+    worker = start("--grace", "60")
+    begin_long_order(project)
+    os.kill(worker.pid, signal.SIGTERM)
+    wait_until(lambda: "Stopping: running tasks may end." in output(project))
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.wait(30) == 0
+    assert order(project, 1) == ("long", 2, 0)
+    wait_until(lambda: not members(worker.pid))
+
+
+@pytest.mark.vendor("sqlite")
+def test_nothing_stays_behind_when_the_parent_is_killed(project, start):
+    worker = start("--grace", "0")
+    begin_long_order(project)
+    worker.kill()
+    wait_until(lambda: members(worker.pid) == [])
+    assert order(project, 1) == ("long", 2, 0)
 
 
 def manage(folder, *arguments):
@@ -73,14 +148,158 @@ def manage(folder, *arguments):
         )
 
 
+def output(folder):
+    return (folder / "output").read_text()
+
+
 def note_of_a_new_order(folder, pk):
+    execute(folder, f"INSERT INTO shop_order (note, status) VALUES ('', 2{0:018d})")
+    return wait_until(lambda: order(folder, pk)[1] == 4 and order(folder, pk))[0]
+
+
+def begin_long_order(folder):
+    """Make an order whose action lasts until there is the file "ready", and wait until it has begun."""
+    execute(folder, f"INSERT INTO shop_order (note, status) VALUES ('long', 2{0:018d})")
+    wait_until((folder / "begun").exists)
+
+
+def order(folder, pk):
+    """The note, the digit of the state and the attempts of an order."""
+    ((note, status),) = execute(folder, f"SELECT note, status FROM shop_order WHERE id = {pk}")
+    return note, status // 10**18, status % 10
+
+
+def execute(folder, statement):
     with closing(sqlite3.connect(folder / "db.sqlite3", isolation_level=None, timeout=20)) as connection:
-        connection.execute(f"INSERT INTO shop_order (note, status) VALUES ('', 2{0:018d})")
-        select = f"SELECT note FROM shop_order WHERE id = {pk} AND status >= 4{0:018d}"
-        return wait_until(lambda: connection.execute(select).fetchone())[0]
+        return connection.execute(statement).fetchall()
 
 
 def members(group):
     listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()]
     return [state for number, state in rows if int(number) == group and "Z" not in state]
+
+
+# The parts, in this process
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Say what the parent is to start: a text of Python, which finds the folder in its argument."""
+
+    def script(text):
+        path = tmp_path / "child.py"
+        path.write_text(f"import os, pathlib, signal, sys, time\nlog = pathlib.Path(sys.argv[1])\n{text}")
+        arguments = [sys.executable, str(path), str(tmp_path / "log")]
+        monkeypatch.setattr(autoreload, "get_child_arguments", lambda: arguments)
+        return tmp_path / "log"
+
+    return script
+
+
+@posix
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(1)", 1), ("os.kill(os.getpid(), 9)", 137)])
+def test_child_is_started_anew_until_it_ends_for_another_reason(end, code, script):
+    log = script(
+        f"""
+assert os.environ["RUN_MAIN"] == "true"
+if log.exists():
+    {end}
+log.touch()
+sys.exit(3)
+"""
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert reload.run_children() == code
+    assert log.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@posix
+def test_each_signal_is_passed_on_once_and_ends_the_restarts(script):
+    log = script(
+        """
+for number in (signal.SIGTERM, signal.SIGINT):
+    os.kill(os.getppid(), number)
+    with log.open("a") as file:
+        file.write(repr(os.read(0, 1)))
+sys.exit(3)
+"""
+    )
+    assert reload.run_children() == 0
+    assert log.read_text() == "b'.'b'.'"
+
+
+@posix
+def test_child_that_does_not_listen_any_more_is_waited_for(script):
+    script("os.close(0); os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.5); sys.exit(5)")
+    assert reload.run_children() == 5
+
+
+class Supervisor:
+    """Counts what it is told, and ends when it was so often."""
+
+    def __init__(self, until):
+        self.stops = 0
+        self._until = until
+        self._ended = threading.Event()
+
+    def stop(self):
+        self.stops += 1
+        if self.stops >= self._until:
+            self._ended.set()
+
+    def run(self, handle_signals):
+        assert not handle_signals
+        os.kill(os.getpid(), signal.SIGTERM)  # which is for the parent
+        assert self._ended.wait(30)
+        return 0
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Be a child: what the parent writes, whether code has changed; return the exit code and the stops."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    reader, writer = os.pipe()
+    monkeypatch.setattr(reload, "start_fork_server", lambda: None)
+
+    def serve(text=b"", changes=False, stops=1):
+        def run(thread):
+            assert thread is threading.main_thread()
+            if changes:
+                autoreload.trigger_reload("queues.py")
+
+        supervisor = Supervisor(stops)
+        monkeypatch.setattr(autoreload, "get_reloader", lambda: SimpleNamespace(run=run))
+        os.write(writer, text)
+        return reload.serve_until_code_changes(supervisor, reader), supervisor
+
+    yield serve
+    os.close(writer)
+    wait_until(lambda: not any(thread.name == "modelqueue-listen" for thread in threading.enumerate()))
+    os.close(reader)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@posix
+def test_child_stops_when_the_parent_says_so(serve):
+    code, supervisor = serve(b".")
+    assert (code, supervisor.stops) == (0, 1)
+
+
+@posix
+def test_child_stops_now_when_the_parent_says_so_twice(serve):
+    assert serve(b"..", stops=2)[0] == 0
+
+
+@posix
+def test_child_asks_to_be_started_anew_when_code_has_changed(serve):
+    assert serve(changes=True)[0] == 3
+
+
+@posix
+def test_change_of_code_does_not_hurry_a_stop(serve):
+    code, supervisor = serve(b".", changes=True)
+    time.sleep(0.1)
+    assert (code in (0, 3), supervisor.stops) == (True, 1)

@@ -401,8 +401,7 @@ def test_health_file_is_written_while_the_database_answers(workers, tmp_path):
         (["--exclude", "x"], "There is no queue 'x'. Declared are: testapp.do_errand, testapp.review."),
         (["--database", "nowhere"], "There is no database 'nowhere'. DATABASES has: default, other."),
         (["testapp.review", "--exclude", "testapp.review"], "these options leave none"),
-        (["--threads", "0"], "argument --threads: 0 is less than 1"),
-        (["--grace", "-1"], "-1 is no time to wait"),
+        (["--threads", "0"], "argument --threads: give a whole number, 1 or more, not '0'"),
     ],
 )
 def test_wrong_call_is_refused(arguments, text, workers):

@@ -9,6 +9,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 
 from modelqueue.management.choose import WRONG_USAGE, chosen_queues, duration, one_of_the_states
+from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.selection import Change, Selection, Verb, change, parse_key
 
@@ -121,9 +122,9 @@ def as_dict(queue: Queue[Any], verb: Verb, result: Change, dry_run: bool) -> dic
 def tell(command: BaseCommand, queue: Queue[Any], verb: Verb, result: Change, dry_run: bool) -> None:
     """Write what was done, and to the standard error what was not."""
     if dry_run:
-        command.stdout.write(f"{_tasks(result.matching)} of {queue.name} would be {verb.done}.")
+        command.stdout.write(f"{counted(result.matching, 'task')} of {queue.name} would be {verb.done}.")
     else:
-        command.stdout.write(f"{_tasks(result.changed)} of {queue.name} made {verb.done}.")
+        command.stdout.write(f"{counted(result.changed, 'task')} of {queue.name} made {verb.done}.")
     if result.missing:
         command.stderr.write(f"{queue.name} has no task {_listed(result.missing)}.")
     for state in sorted(set(result.left.values())):
@@ -132,11 +133,9 @@ def tell(command: BaseCommand, queue: Queue[Any], verb: Verb, result: Change, dr
         command.stderr.write(f"Left alone, as {what}: {_listed(keys)}.")
     if result.locked:
         which = f": {_listed(result.locked_keys)}" if result.locked_keys else ""
-        command.stderr.write(f"Left alone, as somebody has locked them: {_tasks(result.locked)}{which}.")
-
-
-def _tasks(count: int) -> str:
-    return "1 task" if count == 1 else f"{count:,} tasks"
+        command.stderr.write(
+            f"Left alone, as somebody has locked them: {counted(result.locked, 'task')}{which}."
+        )
 
 
 def _listed(keys: list[Any]) -> str:

@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
-from django.db.models.deletion import ProtectedError, RestrictedError
+from django.core.management.base import BaseCommand
 
 from modelqueue import verbs
 from modelqueue.management.choose import chosen_queues, duration, one_of_the_states
 from modelqueue.management.progress import Progress
+from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.status import State
 
@@ -19,7 +19,7 @@ HELP = "delete tasks that ended long ago"
 DESCRIPTION = (
     "Delete the rows of tasks that ended long ago, the oldest first, in batches of a transaction each, and "
     "what refers to them by a foreign key as its on_delete says. A row that is still open in another "
-    "declared queue is left alone, and so is one that somebody has locked."
+    "declared queue is left alone, and so is one that somebody has locked or that a foreign key protects."
 )
 
 
@@ -53,13 +53,8 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     for queue in chosen_queues(options["queues"], [], None):
         result = prune(queue, options)
         results.append(result)
-        if options["json"]:
-            continue
-        done = "would be" if options["dry_run"] else "are"
-        count = result["matching"] if options["dry_run"] else result["deleted"]
-        command.stdout.write(f"{count:,} {options['state']} tasks of {queue.name} {done} deleted.")
-        if result["locked"]:
-            command.stderr.write(f"Left alone, as somebody has locked them: {result['locked']:,} tasks.")
+        if not options["json"]:
+            tell(command, result, options)
     if options["json"]:
         document = {
             "command": "prune",
@@ -69,7 +64,7 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
             "queues": results,
         }
         command.stdout.write(json.dumps(document))
-    return 1 if any(result["locked"] for result in results) else 0
+    return 1 if any(result["locked"] or result["protected"] for result in results) else 0
 
 
 def prune(queue: Queue[Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -77,17 +72,34 @@ def prune(queue: Queue[Any], options: dict[str, Any]) -> dict[str, Any]:
     age, state = options["older_than"], options["state"]
     rows, name = queue.prunable(), queue.field.name
     old = verbs.ended_before(rows, name, age, state)
-    matching, deleted, locked = old.count(), 0, 0
+    matching, locked, pruned = old.count(), 0, verbs.Pruned()
     if not options["dry_run"]:
         with Progress(f"{queue.name} deleted", matching) as progress:
-            try:
-                for count in verbs.prune(rows, name, age, state):
-                    progress.add(count)
-            except (ProtectedError, RestrictedError) as error:
-                raise CommandError(
-                    f"{progress.count:,} {state} tasks of {queue.name} are deleted, the next can not be: "
-                    f"{error.args[0]}"
-                ) from error
-        deleted = progress.count
-        locked = min(max(matching - deleted, 0), old.count())
-    return {"queue": queue.name, "matching": matching, "deleted": deleted, "locked": locked}
+            for batch in verbs.prune(rows, name, age, state):
+                progress.add(batch.deleted)
+                pruned += batch
+        left = matching - pruned.deleted - pruned.protected
+        locked = max(min(left, old.count() - pruned.protected), 0)
+    return {
+        "queue": queue.name,
+        "matching": matching,
+        "deleted": pruned.deleted,
+        "locked": locked,
+        "protected": pruned.protected,
+        "protected_by": sorted(pruned.protectors),
+    }
+
+
+def tell(command: BaseCommand, result: dict[str, Any], options: dict[str, Any]) -> None:
+    """Write what was done, and to the standard error what was not."""
+    count = result["matching"] if options["dry_run"] else result["deleted"]
+    what = f"{options['state']} task"
+    done = "would be" if options["dry_run"] else "is" if count == 1 else "are"
+    command.stdout.write(f"{counted(count, what)} of {result['queue']} {done} deleted.")
+    if result["locked"]:
+        command.stderr.write(f"Left alone, as somebody has locked them: {counted(result['locked'], 'task')}.")
+    if result["protected"]:
+        command.stderr.write(
+            f"Left alone, as foreign keys of {', '.join(result['protected_by'])} protect them: "
+            f"{counted(result['protected'], 'task')}."
+        )

@@ -6,22 +6,24 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from django.core.management.base import BaseCommand
+from django.db import close_old_connections
 
 from modelqueue.clock import now
 from modelqueue.durations import in_short
 from modelqueue.management.choose import chosen_queues
-from modelqueue.queues import Queue
-from modelqueue.report import LATELY, Figures, report
+from modelqueue.management.words import DATABASE_HINT
+from modelqueue.report import LATELY, Failure, Figures, report
 from modelqueue.status import Status
 
 HELP = "show how queues are doing"
 DESCRIPTION = (
     "Show of each queue how many tasks are in each state, how long the oldest due one has been waiting (the "
     "queue of the longest wait comes first), how many are due and how many scheduled for later, which are "
-    "running and for how long without a sign of life, how many ended in the last 5 minutes, and when at "
+    "running and when their leases were renewed last, how many ended in the last 5 minutes, and when at "
     "that rate those will have ended that are due. Nothing is counted beyond 10,000, which is shown as "
     "10,000+, so that a look is cheap also on large tables."
 )
@@ -40,7 +42,9 @@ HEADERS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parser.epilog = "Exit codes: 0 shown; 1 there is no such queue; 2 wrong usage."
+    parser.epilog = (
+        "Exit codes: 0 shown; 1 there is no such queue, or one can not be looked at; 2 wrong usage."
+    )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
         "--json",
@@ -53,27 +57,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     queues = chosen_queues(options["queues"], [], None)
     if not options["watch"]:
-        command.stdout.write(shown(queues, options["json"]))
-        return 0
+        found = report(queues)
+        command.stdout.write(shown(found, options["json"]))
+        return 1 if has_failed(found) else 0
     clear = CLEAR_SCREEN if command.stdout.isatty() and not options["json"] else ""
     try:
         while True:
-            command.stdout.write(clear + shown(queues, options["json"]))
+            found = report(queues)
+            command.stdout.write(clear + shown(found, options["json"]))
             command.stdout.flush()
+            if has_failed(found):
+                with suppress(Exception):  # of a driver, about what is closed already
+                    close_old_connections()  # those that are broken, so that the next look opens others
             time.sleep(1)
     except KeyboardInterrupt:  # the way to end it
         return 0
 
 
-def shown(queues: list[Queue[Any]], as_json: bool) -> str:
-    """Return the figures of queues as they are now, as a table or as a JSON document."""
-    moment, figures = now(), report(queues)
+def has_failed(found: list[Figures | Failure]) -> bool:
+    return any(isinstance(one, Failure) for one in found)
+
+
+def shown(found: list[Figures | Failure], as_json: bool) -> str:
+    """Return what was found of queues, as a table or as a JSON document."""
     if as_json:
-        document = {"at": moment.isoformat(), "queues": [one.as_dict() for one in figures]}
+        document = {"at": now().isoformat(), "queues": [one.as_dict() for one in found]}
         return json.dumps(document, default=str)
-    lines = [*table([HEADERS, *map(cells, figures)]), ""]
+    figures = [one for one in found if isinstance(one, Figures)]
+    failures = [one for one in found if isinstance(one, Failure)]
+    lines = [*table([HEADERS, *map(cells, figures)]), ""] if figures else []
     for one in figures:
         lines += [f"running: {one.queue.name} {task}" for task in running(one)]
+    lines += [f"error: {one.queue.name} can not be looked at: {one.error}" for one in failures]
+    if failures:
+        lines.append(DATABASE_HINT)
     return "\n".join(lines)
 
 
@@ -97,9 +114,9 @@ def running(one: Figures) -> list[str]:
     """Return a line for each running task that is listed, and one for the others."""
     lines = []
     for task in one.running:
-        age = "" if task.age is None else f" claimed or renewed {in_short(task.age)} ago,"
+        renewed = "" if task.renewed_ago is None else f" renewed {in_short(task.renewed_ago)} ago,"
         abandoned = ", its lease has run out" if task.is_abandoned else ""
-        lines.append(f"{task.pk}{age} attempt {task.attempts + 1}{abandoned}")
+        lines.append(f"{task.pk}{renewed} attempt {task.attempts + 1}{abandoned}")
     working = one.counts[Status.states[2]]
     if working.number > len(lines):
         lines.append(f"and {working.number - len(lines):,}{'+' if working.is_capped else ''} more")

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
-from django.utils import autoreload
 
 from modelqueue.clock import now
-from modelqueue.management.choose import chosen_queues
+from modelqueue.management import reload
+from modelqueue.management.choose import WRONG_USAGE, chosen_queues
 from modelqueue.management.progress import Progress
+from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
 
+#: The exit code of a drain after which something is due still; 1 is that of every error.
+SOMETHING_IS_DUE = 3
 #: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
 _MOST_COUNTED = 1_000_000
 
@@ -35,7 +36,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 stopped; 1 there is no such queue, or --drain has left something due; 2 wrong usage."
+        "Exit codes: 0 stopped; 1 there is no such queue, or a database can not be used; 2 wrong usage; "
+        "3 --drain has left something due."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -73,14 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin anew when code of the project changes (default: with DEBUG, but not with --drain)",
     )
-    add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then")
+    add("--drain", action="store_true", help="stop when nothing is due; the exit code is 0 only then, else 3")
     add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
     add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
-    add("--max-seconds", type=_seconds, metavar="SECONDS", help="replace a process after so long")
+    add("--max-seconds", type=_some_seconds, metavar="SECONDS", help="replace a process after so long")
     add("--health-file", metavar="PATH", help="write this file each second while the database answers")
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
+    if options["drain"] and options["reload"]:
+        raise CommandError(
+            "--drain stops when nothing is due, and --reload begins anew when code changes. Give either.",
+            returncode=WRONG_USAGE,
+        )
     queues = chosen_queues(options["queues"], options["exclude"], options["database"])
     worker = Options(
         names=tuple(queue.name for queue in queues),
@@ -96,12 +103,13 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     )
     if options["drain"]:
         return drain(worker, queues, command.stdout.write)
-    supervisor = Supervisor(worker, queues, command.stdout.write)
     is_to_reload = _is_to_reload(options)
-    if not is_to_reload or _is_reloaded():
-        for line in introduction(worker, queues):
-            command.stdout.write(line)
-    return run_with_reloader(supervisor) if is_to_reload else supervisor.run()
+    if is_to_reload and not reload.is_child():
+        return reload.run_children()
+    for line in introduction(worker, queues):
+        command.stdout.write(line)
+    supervisor = Supervisor(worker, queues, command.stdout.write)
+    return reload.serve_until_code_changes(supervisor) if is_to_reload else supervisor.run()
 
 
 def _is_to_reload(options: dict[str, Any]) -> bool:
@@ -121,42 +129,22 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
             total.update(counts)
             progress.add(sum(counts.values()))
 
-        code = Supervisor(options, queues, write, ended).run()
-    outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
-    write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second." if total else "Nothing was due.")
-    if code:
-        write("Something is due still.")
-    return code
-
-
-def _is_reloaded() -> bool:
-    """Say whether this is the process that works, and not that which starts it anew."""
-    return os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) == "true"
-
-
-def run_with_reloader(supervisor: Supervisor) -> int:
-    """Serve, and begin anew, in order, whenever code of the project changes."""
-    ended = threading.Event()
-
-    def serve() -> None:
-        try:
-            supervisor.run(handle_signals=False)
-        finally:
-            ended.set()
-
-    try:
-        autoreload.run_with_reloader(serve)
-    finally:
-        if _is_reloaded():
-            supervisor.stop()
-            ended.wait()
-    return 0
+        is_drained = Supervisor(options, queues, write, ended).run() == 0
+    if total:
+        outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
+        write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second.")
+    elif is_drained:
+        write("Nothing was due.")
+    if is_drained:
+        return 0
+    write("Something is due still.")
+    return SOMETHING_IS_DUE
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     """Say what is served and where."""
-    size = f"{_plural(options.processes, 'process')} of {_plural(options.threads, 'thread')}"
-    lines = [f"Serving {_plural(len(queues), 'queue')} with {size}:"]
+    size = f"{counted(options.processes, 'process')} of {counted(options.threads, 'thread')}"
+    lines = [f"Serving {counted(len(queues), 'queue')} with {size}:"]
     for queue in queues:
         settings = connections[queue.using].settings_dict
         where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
@@ -167,22 +155,35 @@ def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     return lines
 
 
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('s') else 's'}"
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return how to read a whole number from the command line."""
 
-
-def _at_least(least: int) -> Any:
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+            raise argparse.ArgumentTypeError(f"give a whole number, {least} or more, not {text!r}")
         return value
 
     return number
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    """Read seconds from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait, in seconds")
+        raise argparse.ArgumentTypeError(f"give seconds, 0 or more, such as 0.5, not {text!r}")
+    return value
+
+
+def _some_seconds(text: str) -> float:
+    """Read seconds that are not zero: a process that is replaced at once would run nothing."""
+    value = _seconds(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"give seconds, more than 0, not {text!r}")
     return value

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser, DjangoHelpFormatter
+from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
+from django.db import InterfaceError, OperationalError, ProgrammingError
 
 from modelqueue.management import cancel, enqueue, prune, retry, status, worker
+from modelqueue.management.words import DATABASE_HINT
+from modelqueue.report import in_a_line
 
 __all__ = ["Command"]
 
@@ -39,7 +42,12 @@ class Command(BaseCommand):
             module.add_arguments(one)
 
     def handle(self, *args: Any, **options: Any) -> str | None:
-        code = _SUBCOMMANDS[options["command"]].handle(self, options)
+        try:
+            code = _SUBCOMMANDS[options["command"]].handle(self, options)
+        except (InterfaceError, OperationalError, ProgrammingError) as error:
+            raise CommandError(
+                f"The database can not be used: {in_a_line(error)}\n{DATABASE_HINT}"
+            ) from error
         if code:
             raise SystemExit(code)
         return None

@@ -1,0 +1,101 @@
+"""The worker that begins anew when code of the project changes: a parent, and a child that is the worker.
+
+When to stop is said to the parent alone, which passes it on by a pipe. A terminal sends Ctrl-C to both, and a
+child that heard its own and that of the parent would take the latter for a second one, which ends running
+actions. The pipe also tells the child that the parent is gone, so that it does not stay behind.
+
+Django's own parent (`autoreload.restart_with_reloader`) does not do: it kills its child a quarter of a second
+after Ctrl-C, and at SIGTERM at once.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from contextlib import suppress
+
+from django.utils import autoreload
+
+from modelqueue.worker.supervisor import Supervisor
+from modelqueue.worker.system import on_stop_signals, start_fork_server
+
+__all__ = ["is_child", "run_children", "serve_until_code_changes"]
+
+#: The exit code of a child that is to be started anew; that of Django's reloader.
+CODE_HAS_CHANGED = 3
+#: Seconds between two looks of the parent at its child.
+_TICK = 0.1
+
+
+def is_child() -> bool:
+    """Say whether this is the process that works, and not that which starts it anew."""
+    return os.environ.get(autoreload.DJANGO_AUTORELOAD_ENV) == "true"
+
+
+def run_children() -> int:
+    """Start the worker as a child, and anew when code has changed, until it ends; return its exit code."""
+    stops = 0
+
+    def stop() -> None:
+        nonlocal stops
+        stops += 1
+
+    def run_child() -> int:
+        told = 0
+        environment = {**os.environ, autoreload.DJANGO_AUTORELOAD_ENV: "true"}
+        arguments = autoreload.get_child_arguments()
+        with subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, bufsize=0) as child:  # noqa: S603
+            # Not wait(), which Ctrl-C does not interrupt on Windows.
+            while (code := child.poll()) is None:
+                if told < stops and child.stdin is not None:
+                    told += 1
+                    with suppress(OSError):  # it has ended meanwhile
+                        child.stdin.write(b".")
+                time.sleep(_TICK)
+            return code
+
+    restore = on_stop_signals(stop)
+    try:
+        while (code := run_child()) == CODE_HAS_CHANGED:
+            if stops:
+                return 0
+        return code if code >= 0 else 128 - code  # as a shell says it of one that was killed
+    finally:
+        restore()
+
+
+def serve_until_code_changes(supervisor: Supervisor, pipe: int = 0) -> int:
+    """Be the child: serve until the parent says stop, or code of the project changes; return the exit code.
+
+    Args:
+        pipe: the descriptor, that of the standard input, at which each byte is a request to stop.
+    """
+    has_changed = threading.Event()
+    is_stopping = threading.Lock()
+
+    def stop_in_order() -> None:
+        if is_stopping.acquire(blocking=False):  # or it would count as the second request
+            supervisor.stop()
+
+    def listen() -> None:
+        if os.read(pipe, 1):
+            stop_in_order()
+            while os.read(pipe, 1):
+                supervisor.stop()
+        stop_in_order()  # the parent is gone
+
+    def watch() -> None:
+        try:
+            autoreload.get_reloader().run(threading.main_thread())
+        except SystemExit:  # its way to say that code has changed
+            has_changed.set()
+            stop_in_order()
+
+    on_stop_signals(lambda: None)
+    start_fork_server()
+    for work in (listen, watch):
+        threading.Thread(target=work, name=f"modelqueue-{work.__name__}", daemon=True).start()
+    code = supervisor.run(handle_signals=False)
+    return CODE_HAS_CHANGED if has_changed.is_set() else code
