@@ -56,6 +56,10 @@ def databases(server: dict[str, Any] = SQLITE) -> dict[str, dict[str, Any]]:
     }
 
 
+#: How many connections a server allows.
+CONNECTIONS = 300
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that runs, and can be stopped and started again meanwhile."""
@@ -85,16 +89,18 @@ def start(name: str, durable: bool = False, keep: Path | None = None) -> Iterato
 
 
 @contextmanager
-def start_server(name: str, durable: bool = False, keep: Path | None = None) -> Iterator[Server]:
-    """Run the named database server, see `start`; SQLite has none."""
+def start_server(
+    name: str, durable: bool = False, keep: Path | None = None, connections: int = CONNECTIONS
+) -> Iterator[Server]:
+    """Run the named database server, which allows so many connections, see `start`; SQLite has none."""
     with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         if name == "postgres":
-            server = _postgresql(folder, _packaged_postgresql(folder), durable, keep)
+            server = _postgresql(folder, _packaged_postgresql(folder), durable, keep, connections)
         elif name == "mariadb":
-            server = _mariadb(folder, durable)
+            server = _mariadb(folder, durable, connections)
         elif name.startswith("postgres") and name[8:].isdigit():
-            server = _postgresql(folder, _installed_postgresql(name[8:]), durable, keep)
+            server = _postgresql(folder, _installed_postgresql(name[8:]), durable, keep, connections)
         else:
             raise Unavailable(f"there is no database called {name!r}, only {', '.join(ALL)}")
         with server as started:
@@ -102,13 +108,13 @@ def start_server(name: str, durable: bool = False, keep: Path | None = None) -> 
 
 
 @contextmanager
-def start_guarded_server(name: str) -> Iterator[Server]:
+def start_guarded_server(name: str, connections: int = CONNECTIONS) -> Iterator[Server]:
     """Run the named server, with durable commits, so that it ends even where this process is killed.
 
     A process of its own looks after it, and stops it when nobody is left at the other end of its input.
     """
     guardian = subprocess.Popen(
-        [sys.executable, "-m", __name__, name],
+        [sys.executable, "-m", __name__, name, str(connections)],
         cwd=Path(__file__).parent.parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -137,8 +143,8 @@ def start_guarded_server(name: str) -> Iterator[Server]:
         answers.close()
 
 
-def _guard(name: str) -> None:
-    with start_server(name, durable=True) as server:
+def _guard(name: str, connections: str) -> None:
+    with start_server(name, durable=True, connections=int(connections)) as server:
         commands = {
             "start": server.start,
             "stop": lambda: server.stop(False),
@@ -174,7 +180,9 @@ def _installed_postgresql(major: str) -> Path:
 
 
 @contextmanager
-def _postgresql(folder: Path, binaries: Path, durable: bool, keep: Path | None = None) -> Iterator[Server]:
+def _postgresql(
+    folder: Path, binaries: Path, durable: bool, keep: Path | None, connections: int
+) -> Iterator[Server]:
     owner = _owner(folder, "postgres", "nobody")
     data = folder / "data"
     initdb = [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -185,7 +193,8 @@ def _postgresql(folder: Path, binaries: Path, durable: bool, keep: Path | None =
                 shutil.chown(path, owner["user"], owner["group"])
     else:
         _run(*initdb, **owner)
-    options = {"listen_addresses": "''", "unix_socket_directories": str(folder), "max_connections": "200"}
+    options = {"listen_addresses": "''", "unix_socket_directories": str(folder)}
+    options["max_connections"] = str(connections)
     if not durable:
         options |= POSTGRESQL_NOT_DURABLE
     arguments = " ".join(f"-c {name}={value}" for name, value in options.items())
@@ -209,7 +218,7 @@ def _postgresql(folder: Path, binaries: Path, durable: bool, keep: Path | None =
 
 
 @contextmanager
-def _mariadb(folder: Path, durable: bool) -> Iterator[Server]:
+def _mariadb(folder: Path, durable: bool, connections: int) -> Iterator[Server]:
     """The MariaDB that the system's packages have installed, as a server of our own."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     server, install = (shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db"))
@@ -232,7 +241,11 @@ def _mariadb(folder: Path, durable: bool) -> Iterator[Server]:
     )
     command = [
         *(server, "--no-defaults", f"--datadir={data}", f"--socket={socket}", "--skip-networking"),
-        *(f"--pid-file={folder / 'pid'}", "--character-set-server=utf8mb4", "--max-connections=200"),
+        *(
+            f"--pid-file={folder / 'pid'}",
+            "--character-set-server=utf8mb4",
+            f"--max-connections={connections}",
+        ),
     ]
     if not durable:
         command += ["--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]

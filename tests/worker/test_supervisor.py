@@ -350,6 +350,12 @@ def test_drain_that_has_left_out_a_queue_is_no_success(monkeypatch):
     assert said.__self__ == ["Nobody knows whether something is due in testapp.do_errand."]
 
 
+def test_pool_that_is_too_small_is_told_at_the_start(play, monkeypatch, caplog):
+    monkeypatch.setattr(module, "too_small_pools", lambda queues, options: ["too small"])
+    play()
+    assert "too small" in caplog.text
+
+
 def test_worker_without_its_prober_stops_in_order(play, monkeypatch, caplog):
     game = play()
     monkeypatch.setattr(type(game.supervisor._prober), "is_alive", False)

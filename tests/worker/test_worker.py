@@ -353,12 +353,10 @@ def test_full_queue_does_not_starve_another(workers):
     assert sorted(waits)[2] < 0.5
 
 
-def test_many_async_actions_run_side_by_side(workers):
+@pytest.mark.parametrize("title", ["sleep 1", "read 1"])
+def test_many_async_actions_run_side_by_side(title, workers, vendor):
     Errand.objects.bulk_create(
-        [
-            Errand(title="sleep 1", status=Status.created(1), review_status=Status.waiting())
-            for _ in range(200)
-        ]
+        [Errand(title=title, status=Status.created(1), review_status=Status.waiting()) for _ in range(200)]
     )
     worker = workers.start("--drain", "testapp.review")
     wait_until(lambda: review.tally()["working"] + review.tally()["finished"] > 0)

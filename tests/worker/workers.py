@@ -15,7 +15,7 @@ from tests.processes import ROOT, environment, wait_until
 class Worker:
     """One started ``manage.py modelqueue worker``, in a process group of its own."""
 
-    def __init__(self, *arguments, launcher=()):
+    def __init__(self, *arguments, launcher=(), databases=None):
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
             [*launcher, sys.executable, "-m", "django", "modelqueue", "worker", *map(str, arguments)],
@@ -23,7 +23,7 @@ class Worker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            env=environment(databases) | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         self.pid = self.process.pid
@@ -68,8 +68,8 @@ class Workers:
     def __init__(self):
         self._started = []
 
-    def start(self, *arguments, launcher=()):
-        worker = Worker(*arguments, launcher=launcher)
+    def start(self, *arguments, **options):
+        worker = Worker(*arguments, **options)
         self._started.append(worker)
         return worker
 

@@ -30,8 +30,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LONGEST_PAUSE_OF_LOCKED = 1.0
 #: Seconds after which an outcome is given up that the database refuses without being away.
 _LONGEST_REFUSAL = 60.0
-#: Seconds between two advices, and the part of the server's connections from which on they are scarce.
-_ADVICE_INTERVAL, _NEARLY = 60.0, 0.8
+#: Seconds between two advices, and between two counts of the server's connections, which may all be in the
+#: making at first; and the part of those that it allows from which on they are scarce.
+_ADVICE_INTERVAL, _COUNT_INTERVAL, _NEARLY = 60.0, 0.2, 0.8
 
 
 @dataclass(eq=False)
@@ -165,12 +166,13 @@ class Completer:
         """Say what to set when an action has failed because the server has no more connections."""
         if not isinstance(outcome.error, OperationalError) or time.monotonic() < self._advise_from:
             return
-        self._advise_from = time.monotonic() + _ADVICE_INTERVAL
+        self._advise_from = time.monotonic() + _COUNT_INTERVAL
         try:
             found = running.attempt.engine.connections_in_use()
         except Error:
             return
         if found is not None and found[0] >= _NEARLY * found[1]:
+            self._advise_from = time.monotonic() + _ADVICE_INTERVAL
             logger.error(
                 "%s: the database server has %d connections of the %d that it allows. Each action that runs "
                 "and uses the database has one. Give the queue fewer slots, or the worker fewer --threads or "

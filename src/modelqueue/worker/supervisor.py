@@ -25,6 +25,7 @@ from modelqueue import verbs
 from modelqueue.queues import Queue
 from modelqueue.worker import process
 from modelqueue.worker.options import Options
+from modelqueue.worker.pools import too_small_pools
 from modelqueue.worker.prober import Prober
 from modelqueue.worker.running import Left
 from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, start_fork_server
@@ -167,6 +168,8 @@ class Supervisor:
         Args:
             handle_signals: whether SIGINT and SIGTERM stop it. For the main thread alone.
         """
+        for text in too_small_pools(self._queues.values(), self._options):
+            logger.warning(text)
         restore = _nothing
         if handle_signals:
             start_fork_server()
