@@ -30,8 +30,8 @@ def too_small_pools(queues: Iterable[Queue[Any]], options: Options) -> list[str]
         if size is not None and size < number:
             found.append(
                 f"The pool of the database {using!r} gives a process {size} connections. Where all actions "
-                f"use the database it takes {number}, and an action that gets none fails. Set max_size of the "
-                f"pool to {number}, or give fewer --threads, or the async queues fewer slots."
+                f"use the database it takes {number}, and an action that gets none fails. Set max_size of "
+                f"the pool to {number}, or give fewer --threads, or the async queues fewer slots."
             )
     return found
 
