@@ -318,27 +318,55 @@ def end_other_sessions():
                 cursor.execute(f"KILL {number}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_in_the_midst_of_short_tasks_leaves_none_working_and_charges_none(number, workers):
+    """Outcomes are being written all the time."""
+    Errand.objects.bulk_create([Errand() for _ in range(2000)])
+    for _ in range(2):
+        before = do_errand.tally()["finished"]
+        worker = workers.start("--processes", 2)
+        wait_until(lambda before=before: do_errand.tally()["finished"] > before + 20)
+        code, seconds = worker.stop(number)
+        assert code == 0
+        assert seconds < 5
+        wait_until(is_gone(worker))
+    tally = do_errand.tally()
+    assert (tally["working"], tally["canceled"]) == (0, 0)
+    assert tally["waiting"] > 0
+    assert Ledger.objects.count() == tally["finished"]
+    attempts = Errand.objects.values_list("status__state", "status__attempts").distinct()
+    assert set(attempts) == {(State.finished, 1), (State.waiting, 0)}
+
+
+#: For a longer run: as many as 30, one each two seconds.
+RESTARTS = int(os.environ.get("MODELQUEUE_TEST_RESTARTS", "2"))
+
+
 def test_rolling_restarts_lose_and_charge_nothing(workers):
-    Errand.objects.bulk_create([Errand(title="doze 0.05") for _ in range(100)])
+    count = 60 * RESTARTS
+    Errand.objects.bulk_create([Errand(title="doze 0.1") for _ in range(count)])
     worker = workers.start("--grace", 10)
     wait_until(lambda: Ledger.objects.count() > 5)
-    for _ in range(2):
+    for _ in range(RESTARTS):
         following = workers.start("--grace", 10)
+        began = time.monotonic()
         wait_until(lambda one=following: "Stop it with Ctrl-C" in one.output)
+        if RESTARTS > 2:
+            time.sleep(max(0.0, began + 2 - time.monotonic()))
         assert worker.stop()[0] == 0
         assert do_errand.tally()["working"] <= 4
         worker = following
-    wait_until(lambda: do_errand.tally()["finished"] == 100)
+    wait_until(lambda: do_errand.tally()["finished"] == count)
     assert worker.stop()[0] == 0
     assert set(Errand.objects.values_list("status__attempts", flat=True)) == {1}
-    assert Ledger.objects.count() == 100
+    assert Ledger.objects.count() == count
 
 
 # Fairness
 
 
 def test_full_queue_does_not_starve_another(workers):
-    Errand.objects.bulk_create([Errand(title="doze 0.01", status=Status.waiting(1)) for _ in range(3000)])
+    Errand.objects.bulk_create([Errand(title="doze 0.01", status=Status.waiting(1)) for _ in range(10_000)])
     worker = workers.start()
     wait_until(lambda: Ledger.objects.count() > 20)
     waits = []
