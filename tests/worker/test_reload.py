@@ -261,7 +261,6 @@ def serve(monkeypatch):
     """Be a child: what the parent writes, whether code has changed; return the exit code and the stops."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     reader, writer = os.pipe()
-    monkeypatch.setattr(reload, "start_fork_server", lambda: None)
 
     def serve(text=b"", changes=False, stops=1):
         def run(thread):

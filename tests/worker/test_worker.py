@@ -243,15 +243,29 @@ def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):
     assert (stored(errand).attempts, runs(errand)) == (1, 1)
 
 
-def test_signal_to_the_whole_group_is_as_one_to_the_supervisor(workers):
+@pytest.mark.parametrize("is_first", [True, False], ids=["the first", "the next"])
+def test_signal_to_the_whole_group_is_as_one_to_the_supervisor(is_first, workers):
     """As service managers and terminals do it. The fork server must outlive the processes."""
-    (errand,) = make("doze 1.5")
     worker = workers.start("--processes", 2, "--grace", 20)
+    wait_until(lambda: "Stop it with Ctrl-C" in worker.output)
+    server = wait_until(lambda: fork_server(worker))
+    if not is_first:
+        os.kill(server, signal.SIGKILL)
+        server = wait_until(lambda dead=server: fork_server(worker) if fork_server(worker) != dead else 0)
+    (errand,) = make("doze 1.5")
     wait_until(is_running(errand))
     os.killpg(worker.pid, signal.SIGTERM)
+    wait_until(lambda: "Stopping" in worker.output)
+    assert fork_server(worker) == server
     assert worker.process.wait(30) == 0
     assert (stored(errand).state, runs(errand)) == (State.finished, 1)
     wait_until(is_gone(worker))
+
+
+def fork_server(worker):
+    """The process whose parent is the supervisor; those that it has made call themselves the same."""
+    found = worker.members("multiprocessing.forkserver", parent=worker.pid)
+    return found[0] if found else 0
 
 
 def test_process_that_hangs_holds_up_neither_the_others_nor_the_stop(workers):

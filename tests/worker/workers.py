@@ -42,14 +42,20 @@ class Worker:
         self.send(number)
         return self.process.wait(timeout), time.monotonic() - began
 
-    def members(self, word=""):
-        """The pids of all its processes, dead or alive but not gone, that have a word in their command."""
+    def members(self, word="", parent=None):
+        """The pids of its processes that are not gone: all, with a word in their command, of a parent."""
         listed = subprocess.run(
-            ["ps", "-wweo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True
+            ["ps", "-wweo", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True
         )
-        rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
-        found = [(int(pid), state, command) for pid, group, state, command in rows if int(group) == self.pid]
-        return [pid for pid, state, command in found if "Z" not in state and word in command]
+        rows = [line.split(None, 4) for line in listed.stdout.splitlines()]
+        return [
+            int(pid)
+            for pid, above, group, state, command in rows
+            if int(group) == self.pid
+            and "Z" not in state
+            and word in command
+            and parent in (None, int(above))
+        ]
 
     def kill_group(self):
         os.killpg(self.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from django.utils import autoreload
 
 from modelqueue.worker.supervisor import Supervisor
-from modelqueue.worker.system import on_stop_signals, start_fork_server
+from modelqueue.worker.system import on_stop_signals
 
 __all__ = ["is_child", "run_children", "serve_until_code_changes"]
 
@@ -94,7 +94,6 @@ def serve_until_code_changes(supervisor: Supervisor, pipe: int = 0) -> int:
             stop_in_order()
 
     on_stop_signals(lambda: None)
-    start_fork_server()
     for work in (listen, watch):
         threading.Thread(target=work, name=f"modelqueue-{work.__name__}", daemon=True).start()
     code = supervisor.run(handle_signals=False)

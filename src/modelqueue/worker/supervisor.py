@@ -56,6 +56,7 @@ class Child:
     """A process of the worker, as its supervisor knows it."""
 
     def __init__(self, options: Options) -> None:
+        start_fork_server()  # another one if it has died
         system = context()
         self.pipe, theirs = system.Pipe()
         self.process = system.Process(target=process.main, args=(options, theirs), name="modelqueue-worker")
@@ -172,7 +173,6 @@ class Supervisor:
             logger.warning(text)
         restore = _nothing
         if handle_signals:
-            start_fork_server()
             restore = on_stop_signals(self.stop)
         self._prober.start()
         try:

@@ -60,23 +60,28 @@ def start_fork_server() -> None:
     """Start what starts processes, if there is such a thing, deaf to the signals that are for the supervisor.
 
     A terminal, or the service manager, sends them to all processes of a group. Without its fork server a
-    living process looks dead. Called before `on_stop_signals`, in the main thread.
+    living process looks dead.
     """
     try:
-        from multiprocessing.forkserver import ensure_running
+        from multiprocessing import forkserver, resource_tracker
     except ImportError:  # Windows
         return
     context()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP}
-    ensure_running()
-    for number, known in before.items():
-        signal.signal(number, known)
+    resource_tracker.ensure_running()  # which would unblock them
+    # Blocked, which it inherits. Ignored for a moment they could get lost.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_stop_signals_to_the_supervisor() -> None:
     """Do nothing at SIGINT and SIGTERM. By a handler: what an action starts would inherit SIG_IGN."""
     for number in _STOP:
         signal.signal(number, lambda *_: None)
+    if hasattr(signal, "pthread_sigmask"):  # the fork server has them blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
 
 
 def is_alive(pid: int) -> bool:
