@@ -738,6 +738,46 @@ def test_async_action_whose_lease_is_lost_is_canceled(start, monkeypatch):
     assert stored(errand, "review_status") == Status.canceled(5)
 
 
+def test_async_action_whose_lease_is_lost_before_it_begins_is_not_run(start, monkeypatch):
+    """The first one of a process, for which there is no event loop yet: nothing tells it of that again."""
+    start_attempt = AsyncAttempt.start
+
+    def start_too_late(attempt):
+        if attempt.claim.row.pk == canceled.pk:
+            Errand.objects.filter(pk=canceled.pk).update(review_status=Status.canceled(5))
+            assert not attempt.renewal.renew()
+        return start_attempt(attempt)
+
+    monkeypatch.setattr(AsyncAttempt, "start", start_too_late)
+    canceled = make(status=NOT_TO_DO, review_status=Status.waiting(0))
+    other = make(status=NOT_TO_DO, review_status=Status.waiting(1))
+    process = start("testapp.review")
+    wait_until(lambda: process.ended() == {"release": 1, "finish": 1})
+    assert stored(canceled, "review_status") == Status.canceled(5)
+    assert [one.log for one in Errand.objects.order_by("pk")] == [[], ["reviewed"]]
+    assert stored(other, "review_status").state == State.finished
+
+
+def test_lease_that_is_lost_between_an_async_action_and_its_outcome_ends_nothing(start, monkeypatch):
+    def settle_too_late(attempt, error):
+        if attempt.claim.row.pk == canceled.pk:
+            Errand.objects.filter(pk=canceled.pk).update(review_status=Status.canceled(5))
+            assert not attempt.renewal.renew()
+        return settle(attempt, error)
+
+    settle = AsyncAttempt.settle
+    monkeypatch.setattr(AsyncAttempt, "settle", settle_too_late)
+    canceled = make(status=NOT_TO_DO, review_status=Status.waiting(0))
+    with heard("lease_lost") as events:
+        process = start("testapp.review")
+        wait_until(process.ended)
+    assert [facts["outcome"] for _, facts in events] == ["finish"]
+    assert stored(canceled, "review_status") == Status.canceled(5)
+    other = make(status=NOT_TO_DO, review_status=Status.waiting(1))
+    process.pipe.send(("due", ["testapp.review"]))
+    wait_until(lambda: stored(other, "review_status").state == State.finished)
+
+
 @pytest.mark.db_feature("has_select_for_update")
 def test_process_that_stops_while_it_writes_an_outcome_writes_it(start):
     errand = make("doze 0.2")
