@@ -4,7 +4,7 @@ import datetime as dt
 import time
 
 import pytest
-from django.db import IntegrityError, connection, connections
+from django.db import IntegrityError, OperationalError, connection, connections
 from django.db.models import Value
 
 import modelqueue
@@ -24,6 +24,7 @@ from tests.actions import (
     succeed,
     unexpected,
 )
+from tests.faults.harm import end_session
 from tests.testapp.models import (
     ExclusiveTask,
     Job,
@@ -542,7 +543,8 @@ def refused(vendor):
     task = Task.objects.create(data="refused", status=EXPIRED)
     with connection.cursor() as cursor:
         cursor.execute(REFUSE[vendor])
-        yield task
+    yield task
+    with connection.cursor() as cursor:
         cursor.execute(ALLOW[vendor])
 
 
@@ -560,6 +562,26 @@ def test_row_that_a_trigger_refuses_holds_up_no_claim(vendor, caplog, request):
     assert run(Task.objects, "status", succeed) == other
     assert stored(first) == Status.waiting(1)
     assert "can not be claimed" in caplog.text
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_claims_beside_a_row_that_is_refused_are_none_when_the_session_ends(request, monkeypatch):
+    """They are rolled back with it, though each was set: whoever ran them would not be their owner."""
+
+    def end_before_the_last(self, source, row, *arguments):
+        if row.pk == last.pk:
+            end_session(self.connection)
+        return compare_and_set(self, source, row, *arguments)
+
+    first = Task.objects.create(status=Status.waiting(0))
+    second = Task.objects.create(data="refused", status=Status.waiting(1))
+    last = Task.objects.create(status=Status.waiting(2))
+    request.getfixturevalue("refused")
+    compare_and_set = Engine.compare_and_set
+    monkeypatch.setattr(Engine, "compare_and_set", end_before_the_last)
+    with pytest.raises(OperationalError):
+        verbs.claim(Source.of(Task.objects, "status"), 3)
+    assert [stored(task) for task in (first, second, last)] == [first.status, second.status, last.status]
 
 
 @pytest.mark.db_feature("supports_partial_indexes")

@@ -142,7 +142,8 @@ class Engine(Session):
                     with transaction.atomic(using=self.using):
                         claim = self._claim_row(source, row, task, clock)
                 except Error as error:  # of a constraint or a trigger of its table
-                    if self.is_of_the_database_itself(error):
+                    # Where the savepoint is gone, too, the claims before it are rolled back with it.
+                    if self.is_of_the_database_itself(error) or self.is_aborted():
                         raise
                     logger.warning("%s %s can not be claimed: %s", source.model._meta.label, row.pk, error)
                     continue
