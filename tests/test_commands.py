@@ -428,6 +428,10 @@ def test_keys_are_those_of_the_model():
     assert str(parse_key(UuidTask, key)) == key
     with pytest.raises(ValueError, match=r"'x' is no primary key of testapp.UuidTask, which is a UUIDField"):
         parse_key(UuidTask, "x")
+    for key in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"'{key}' is no primary key of testapp.Errand"):
+            parse_key(Errand, str(key))
+    assert parse_key(Errand, str(2**63 - 1)) == 2**63 - 1
     if hasattr(testapp.models, "CompositeTask"):
         assert parse_key(testapp.models.CompositeTask, "[1, 2]") == (1, 2)
         with pytest.raises(ValueError, match="is no primary key"):
@@ -547,7 +551,8 @@ def test_prune_deletes_children_of_an_inherited_status(queue_over):
     assert (NumberedJob.objects.get(), Job.objects.count()) == (kept, 1)
 
 
-def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile(monkeypatch):
+@pytest.mark.parametrize("batch", [1, 500])
+def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile_and_goes_on(batch, monkeypatch):
     first, _ = make(Status.finished(5), Status.finished(6))
     engine = modelqueue.engines.Engine
     deletable = engine.deletable
@@ -557,7 +562,7 @@ def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile(monkeypatch):
         return deletable(self, rows)
 
     monkeypatch.setattr(engine, "deletable", enqueue_first)
-    assert do_errand.prune(HOUR) == 1
+    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=batch)) == [Pruned(1)]
     assert list(Errand.objects.all()) == [first]
 
 
