@@ -155,7 +155,7 @@ def test_message_that_a_process_does_not_know_is_answered_and_ends_nothing(start
     """Of a supervisor with other code: without an answer it would take the process for one that hangs."""
     process = start("testapp.do_errand")
     process.pipe.send(("new words", 1, 2))
-    assert process.wait_for("answer") == (0,)
+    process.wait_for("answer")
     errand = make()
     process.pipe.send(("due", ["testapp.do_errand"]))
     wait_until(lambda: stored(errand).state == State.finished)

@@ -391,12 +391,16 @@ def test_listener_that_is_gone_ends_nothing(play):
     wait_until(lambda: len(game.children) == 2)
 
 
-def test_error_of_its_own_leaves_no_process_behind(play, monkeypatch):
+@pytest.mark.parametrize(("ends_by_itself", "code"), [(False, -9), (True, 0)])
+def test_error_of_its_own_leaves_no_process_behind(ends_by_itself, code, play, monkeypatch):
     game = play()
+    child = game.children[0]
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    if ends_by_itself:
+        child.process.join = lambda timeout=None: child.die(0)
     monkeypatch.setattr(game.supervisor, "_write_health", lambda: 1 / 0)
     wait_until(lambda: not game.thread.is_alive())
-    assert game.children[0].process.exitcode == -9
+    assert child.process.exitcode == code
 
 
 @pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 1)])
