@@ -29,7 +29,17 @@ from modelqueue.verbs import Pruned
 from tests import testapp
 from tests.actions import MILLISECOND, SECOND, Clock, stored, succeed
 from tests.processes import ROOT, environment, wait_until
-from tests.testapp.models import Attachment, Errand, Job, NumberedJob, Paper, Project, Receipt, UuidTask
+from tests.testapp.models import (
+    Attachment,
+    Errand,
+    Job,
+    NumberedJob,
+    Paper,
+    PrintJob,
+    Project,
+    Receipt,
+    UuidTask,
+)
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -434,6 +444,14 @@ def test_keys_are_those_of_the_model():
             parse_key(testapp.models.CompositeTask, "1")
 
 
+@pytest.mark.parametrize("model", [Errand, PrintJob], ids=["own key", "that of its parent"])
+@pytest.mark.parametrize("key", [2**63, -(2**63) - 1])
+def test_number_that_no_database_holds_is_no_key(model, key):
+    with pytest.raises(ValueError, match=f"'{key}' is no primary key of testapp.{model.__name__}"):
+        parse_key(model, str(key))
+    assert parse_key(model, str(2**63 - 1)) == 2**63 - 1
+
+
 def test_verb_works_by_key_on_an_inherited_status(queue_over):
     job = NumberedJob.objects.create(number=77, status=Status.canceled())
     queue = queue_over(NumberedJob)
@@ -547,7 +565,8 @@ def test_prune_deletes_children_of_an_inherited_status(queue_over):
     assert (NumberedJob.objects.get(), Job.objects.count()) == (kept, 1)
 
 
-def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile(monkeypatch):
+@pytest.mark.parametrize("batch", [1, 500])
+def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile_and_goes_on(batch, monkeypatch):
     first, _ = make(Status.finished(5), Status.finished(6))
     engine = modelqueue.engines.Engine
     deletable = engine.deletable
@@ -557,7 +576,7 @@ def test_prune_leaves_a_task_that_somebody_enqueues_meanwhile(monkeypatch):
         return deletable(self, rows)
 
     monkeypatch.setattr(engine, "deletable", enqueue_first)
-    assert do_errand.prune(HOUR) == 1
+    assert list(modelqueue.verbs.prune(Errand.objects, "status", HOUR, batch=batch)) == [Pruned(1)]
     assert list(Errand.objects.all()) == [first]
 
 

@@ -1,12 +1,15 @@
 """The leases of running tasks are kept alive, and a renewal and an outcome never cross."""
 
 import asyncio
+import datetime as dt
 import threading
 import time
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db import OperationalError, connection, connections, transaction
+from django.test.utils import CaptureQueriesContext
 
 import modelqueue
 from modelqueue import State, Status, leases, verbs
@@ -286,3 +289,80 @@ def test_connection_of_the_keeper_lasts_while_it_holds_a_lease_and_no_longer(dec
     assert len(opened) == 1
     wait_until(lambda: opened[0].connection is None)
     assert made.tally()["finished"] == 1
+
+
+@pytest.mark.parametrize("lease", [dt.timedelta(days=10**8), dt.timedelta.max])
+def test_lease_that_is_longer_than_a_thread_can_wait_costs_no_other_its_renewal(lease, declare, monkeypatch):
+    own = Keeper()
+    monkeypatch.setattr(modelqueue.execution, "keeper_for", lambda using: own)
+    long = declare(Paper, "status", name="papers", lease=lease)(lambda paper: time.sleep(0.1))
+    paper = Paper.objects.create()
+    assert long.run() == paper
+    short = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
+    Task.objects.create()
+    short.run()
+    assert (long.tally()["finished"], short.tally()["finished"]) == (1, 1)
+
+
+def test_end_of_a_lease_waits_no_longer_for_its_renewal_than_it_may(declare, monkeypatch):
+    """A process that ends leaves what the database does not answer."""
+    began, go_on, renewals = threading.Event(), threading.Event(), []
+    renew = verbs.renew
+
+    def slow(*arguments):
+        began.set()
+        assert go_on.wait(30)
+        renewals.append(renew(*arguments))
+        return renewals[-1]
+
+    monkeypatch.setattr(verbs, "renew", slow)
+    keeper = Keeper()
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(lambda task: None)
+    task = Task.objects.create()
+    source = made.source()
+    (claim,) = verbs.claim(source)
+    lease = keeper.hold(made.attempt(claim, source), 3.0)
+    assert began.wait(30)
+    lease.end(0.05)
+    assert not renewals
+    go_on.set()
+    wait_until(lambda: renewals)
+    last = stored(task)
+    time.sleep(0.3)
+    assert (stored(task), len(renewals)) == (last, 1)
+
+
+def test_nothing_is_asked_where_the_last_lease_has_ended_meanwhile(declare):
+    """While the leases of another queue were renewed, for example."""
+    keeper = Keeper()
+    made = declare(Task, "status", name="tasks")(lambda task: None)
+    Task.objects.create()
+    source = made.source()
+    (claim,) = verbs.claim(source)
+    lease = keeper.hold(made.attempt(claim, source), 30.0)
+    lease.end()
+    with CaptureQueriesContext(connection) as queries:
+        lease._group.renew()
+    assert len(queries) == 0
+
+
+def test_async_action_renews_its_lease_without_holding_up_the_event_loop(declare, monkeypatch):
+    monkeypatch.setattr(leases, "_SHARE", 0.01)  # never by itself
+
+    async def act(task):
+        with pytest.raises(SynchronousOnlyOperation, match=r"Await current\(\)\.arenew"):
+            modelqueue.current().renew()
+        before = await sync_to_async(stored)(task)
+        await asyncio.sleep(0.002)
+        assert await modelqueue.current().arenew()
+        assert await sync_to_async(stored)(task) > before
+        await Task.objects.aupdate(status=Status.canceled(5))
+        assert not await modelqueue.current().arenew()
+        seen.append(task)
+
+    seen = []
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(act)
+    task = Task.objects.create()
+    async_to_sync(made.arun)()
+    assert seen == [task]
+    assert stored(task) == Status.canceled(5)

@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from django.db import connection, connections, models
+from django.db import OperationalError, connection, connections, models
 from django.db.models import Exists, F, FilteredRelation, OuterRef, Q, Value
 from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext
@@ -288,6 +288,32 @@ def test_no_more_are_claimed_than_were_asked_for_where_some_are_taken(monkeypatc
     monkeypatch.setattr(Engine, "_lock", lock_all_but_the_first)
     assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 3)] == tasks[1:4]
     assert Task.objects.filter(status__gte=Status.minimum("working")).count() == 3
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("is_something_claimed", [True, False])
+def test_what_is_claimed_is_run_also_when_the_next_page_can_not_be_read(
+    is_something_claimed, monkeypatch, caplog
+):
+    """It is committed, and nobody else would run it; where nothing is, the error is raised."""
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(4)])
+    lock, calls = Engine._lock, []
+
+    def lock_once(self, source, candidates, **options):
+        calls.append(candidates)
+        if len(calls) > 1:
+            raise OperationalError("the disk is full")
+        return [row for row in lock(self, source, candidates, **options) if row.pk in able]
+
+    able = {task.pk for task in tasks[1:3]} if is_something_claimed else set()
+    monkeypatch.setattr(Engine, "_lock", lock_once)
+    if is_something_claimed:
+        assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 3)] == tasks[1:3]
+        assert "testapp.Task: fewer are claimed" in caplog.text
+    else:
+        with pytest.raises(OperationalError, match="the disk is full"):
+            verbs.claim(Source.of(Task.objects, "status"), 3)
+    assert {task.pk for task in tasks if stored(task).state == State.working} == able
 
 
 @pytest.mark.usefixtures("step_by_step")

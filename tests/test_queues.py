@@ -2,6 +2,7 @@
 
 import datetime as dt
 import functools
+import inspect
 import re
 
 import pytest
@@ -127,6 +128,25 @@ def takes_none(): ...
 def test_wrong_action_is_refused(action, options, text, declare):
     with pytest.raises((TypeError, AttributeError), match=text):
         declare(Task, "status", name="tasks", **options)(action)
+
+
+def test_action_whose_arguments_nobody_knows_is_taken_as_it_is(declare):
+    """As some of those that are written in C."""
+
+    class Action:
+        __signature__ = object()  # of which `inspect` makes nothing
+        __qualname__ = "Action"
+
+        def __call__(self, task):
+            seen.append(task)
+
+    seen = []
+    with pytest.raises(TypeError):
+        inspect.signature(Action())
+    made = declare(Task, "status", name="tasks")(Action())
+    task = Task.objects.create()
+    assert made.run() == task
+    assert seen == [task]
 
 
 def test_action_without_a_name_needs_one(declare):

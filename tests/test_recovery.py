@@ -4,7 +4,7 @@ import datetime as dt
 import time
 
 import pytest
-from django.db import IntegrityError, connection, connections
+from django.db import IntegrityError, OperationalError, connection, connections
 from django.db.models import Value
 
 import modelqueue
@@ -24,6 +24,7 @@ from tests.actions import (
     succeed,
     unexpected,
 )
+from tests.faults.harm import end_session
 from tests.testapp.models import (
     ExclusiveTask,
     Job,
@@ -542,7 +543,8 @@ def refused(vendor):
     task = Task.objects.create(data="refused", status=EXPIRED)
     with connection.cursor() as cursor:
         cursor.execute(REFUSE[vendor])
-        yield task
+    yield task
+    with connection.cursor() as cursor:
         cursor.execute(ALLOW[vendor])
 
 
@@ -560,6 +562,72 @@ def test_row_that_a_trigger_refuses_holds_up_no_claim(vendor, caplog, request):
     assert run(Task.objects, "status", succeed) == other
     assert stored(first) == Status.waiting(1)
     assert "can not be claimed" in caplog.text
+
+
+@pytest.mark.vendor("postgresql", "mysql")
+def test_claims_beside_a_row_that_is_refused_are_none_when_the_session_ends(request, monkeypatch):
+    """They are rolled back with it, though each was set: whoever ran them would not be their owner."""
+
+    def end_before_the_last(self, source, row, *arguments):
+        if row.pk == last.pk:
+            end_session(self.connection)
+        return compare_and_set(self, source, row, *arguments)
+
+    first = Task.objects.create(status=Status.waiting(0))
+    second = Task.objects.create(data="refused", status=Status.waiting(1))
+    last = Task.objects.create(status=Status.waiting(2))
+    request.getfixturevalue("refused")
+    compare_and_set = Engine.compare_and_set
+    monkeypatch.setattr(Engine, "compare_and_set", end_before_the_last)
+    with pytest.raises(OperationalError):
+        verbs.claim(Source.of(Task.objects, "status"), 3)
+    assert [stored(task) for task in (first, second, last)] == [first.status, second.status, last.status]
+
+
+class BusyRow:
+    """A row whose status the database lets nobody set for so many times: "try again"."""
+
+    def __init__(self, monkeypatch, task, times):
+        compare_and_set = Engine.compare_and_set
+        left = [times]
+
+        def set_later(engine, source, row, *arguments):
+            if row.pk == task.pk and left[0] > 0:
+                left[0] -= 1
+                raise OperationalError("busy")
+            return compare_and_set(engine, source, row, *arguments)
+
+        monkeypatch.setattr(Engine, "compare_and_set", set_later)
+        monkeypatch.setattr(type(engine_for("default")), "is_try_again", lambda self, e: str(e) == "busy")
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_all_that_are_recovered_are_told_also_when_the_database_is_busy_meanwhile(
+    place, refused, monkeypatch
+):
+    tasks = expired(3)
+    BusyRow(monkeypatch, tasks[place], times=3)
+    with heard("task_recovered") as events:
+        assert recover() == 3
+    assert [facts["pk"] for _, facts in events] == [task.pk for task in tasks]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_what_is_recovered_before_the_database_answers_no_more_is_told(place, refused, monkeypatch, caplog):
+    tasks = expired(3)
+    BusyRow(monkeypatch, tasks[place], times=10**6)
+    monkeypatch.setattr(Engine, "patience", 0.0)
+    with heard("task_recovered") as events:
+        if place == 0:
+            with pytest.raises(OperationalError, match="busy"):
+                recover()
+        else:
+            assert recover() == 2
+            assert "testapp.Task: fewer are recovered: busy" in caplog.text
+    assert [facts["pk"] for _, facts in events] == [task.pk for task in tasks[:place]]
+    assert [task.state for task in statuses()] == [
+        State.working, *[State.waiting] * place, *[State.working] * (3 - place)
+    ]  # fmt: skip
 
 
 @pytest.mark.db_feature("supports_partial_indexes")

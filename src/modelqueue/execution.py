@@ -289,7 +289,7 @@ class Current:
         return self._attempt.is_held if renewal is None else renewal.renew()
 
     async def arenew(self) -> bool:
-        """Do the same in an async action: other coroutines go on meanwhile."""
+        """Do what `renew` does, in an async action: other coroutines go on meanwhile."""
         return await asyncio.to_thread(self.renew)
 
 

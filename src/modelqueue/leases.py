@@ -229,7 +229,7 @@ class Keeper:
 
     def _sleep(self, seconds: float) -> None:
         self._looks_at = time.monotonic() + seconds
-        self._changed.wait(seconds)
+        self._changed.wait(min(seconds, threading.TIMEOUT_MAX))
         self._looks_at = 0.0  # it looks by itself before it sleeps again
 
     def _pause(self) -> float | None:

@@ -135,7 +135,8 @@ class Queue(Generic[M]):
         long as a renewal may have to wait for the others, too.
         """
         longest: dt.timedelta = max(one.lease for one in [self, *declared_on(self.field)])
-        return replace(self.policy, lease=longest + engine_for(self.using).longest_wait())
+        wait = engine_for(self.using).longest_wait()
+        return replace(self.policy, lease=min(longest, dt.timedelta.max - wait) + wait)
 
     def work(self) -> Work[M]:
         return Work(self.source(), self.policy, self.action, self.atomic, self, self.recovery())

@@ -162,7 +162,7 @@ def parse_key(model: type[models.Model], text: str) -> Any:
         key = pk.to_python(text)
         if not isinstance(key, (list, tuple)):
             pk.run_validators(key)
-        if isinstance(key, int) and not -(2**63) <= key < 2**63:  # of SQLite there is no validator for that
+        if isinstance(key, int) and not -(2**63) <= key < 2**63:  # for which a foreign key has no validator
             raise ValueError(key)
     except (ValidationError, ValueError, TypeError) as error:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The prober: what it finds, what it asks the database, and what it does when that, or a queue, fails."""
 
+import datetime as dt
 import time
 
 import pytest
@@ -64,6 +65,34 @@ def test_queue_without_rows_is_looked_at(look, found, declare):
     none = declare(Task.objects.none(), "status", name="none")(succeed)
     look(none)._look()
     assert found == [([], [])]
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_each_database_is_asked_for_tasks_and_the_first_alone_for_the_time(found, declare, monkeypatch):
+    """A process has one clock: by two databases it would be set to and fro."""
+    asked = []
+
+    def engine(using):
+        asked.append(using)
+        return Ahead(0)
+
+    monkeypatch.setattr(database_clock, "engine_for", engine)
+    elsewhere = declare(Task.objects.using("other"), "status", name="elsewhere")(succeed)
+    Errand.objects.create()
+    Task.objects.using("other").create()
+    one = Prober([do_errand, elsewhere], 1.0, lambda due, expired: found.append((due, expired)))
+    for _ in range(2):
+        one._look()
+    assert found == [(["testapp.do_errand", "elsewhere"], [])] * 2
+    assert asked == ["default"]
+
+
+def test_lease_that_never_ends_is_never_abandoned(look, found, declare):
+    forever = declare(Task, "status", name="forever", lease=dt.timedelta.max)(succeed)
+    Task.objects.create()
+    Task.objects.create(status=Status.working(5))
+    look(forever)._look()
+    assert found == [(["forever"], [])]
 
 
 def failing(prober, times, error):
@@ -165,6 +194,10 @@ def test_queue_whose_callable_raises_costs_the_others_nothing(look, found, decla
     assert found == [(["testapp.do_errand"], [])] * 2
     assert caplog.text.count("broken: its tasks can not be looked for") == 1
     assert one.left_out == ["broken"]
+    monkeypatch.setattr(one, "_left_out", {"broken": 0.0})  # its time is over
+    one._look()
+    assert caplog.text.count("broken: its tasks can not be looked for") == 1
+    assert found[-1] == (["testapp.do_errand"], [])
     is_broken.clear()
     monkeypatch.setattr(one, "_left_out", {"broken": 0.0})
     one._look()

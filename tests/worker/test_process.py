@@ -6,13 +6,14 @@ import logging
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from django.db import IntegrityError, OperationalError, connections, transaction
 
 import modelqueue
 from modelqueue import State, Status, attempts, leases, verbs
-from modelqueue.attempts import AsyncAttempt, Attempt
+from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.engines import Engine, engine_for
 from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
@@ -20,7 +21,7 @@ from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from tests.actions import SECOND, heard, stored, succeed, unexpected
 from tests.processes import wait_until
-from tests.testapp.models import Errand, Job, Paper, PrintJob, Task
+from tests.testapp.models import Errand, Job, Ledger, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -150,6 +151,16 @@ def test_task_with_atomic_is_run(atomic, start, declare):
     wait_until(lambda: process.ended() == {"finish": 1})
 
 
+def test_message_that_a_process_does_not_know_is_answered_and_ends_nothing(start):
+    """Of a supervisor with other code: without an answer it would take the process for one that hangs."""
+    process = start("testapp.do_errand")
+    process.pipe.send(("new words", 1, 2))
+    process.wait_for("answer")
+    errand = make()
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+
+
 class FragileError(Exception):
     """Raised by rows that do not load."""
 
@@ -243,6 +254,53 @@ def test_transaction_that_an_action_leaves_open_elsewhere_does_not_swallow_the_n
 
 
 # Stopping
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_process_that_is_told_to_stop_before_it_began_claims_nothing(is_ready, monkeypatch):
+    """A started process has Django loaded only where the main module of the worker has done so."""
+    calls = []
+
+    def note(name):
+        return lambda *arguments: calls.append(name)
+
+    monkeypatch.setattr(process_module, "apps", SimpleNamespace(ready=is_ready))
+    monkeypatch.setattr(process_module.django, "setup", note("setup"))
+    monkeypatch.setattr(process_module, "leave_stop_signals_to_the_supervisor", note("deaf to signals"))
+    monkeypatch.setattr(process_module, "end_without_fail", note("end"))
+    errand = make()
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("stop", 0.0))
+    process_module.main(Options(names=("testapp.do_errand",)), theirs)
+    assert calls == ["deaf to signals", *([] if is_ready else ["setup"]), "end"]
+    assert ours.recv() == ("answer", 0)
+    assert not ours.poll()
+    assert stored(errand) == errand.status
+
+
+def test_task_whose_thread_comes_to_run_it_only_after_the_grace_time_is_given_back_unbegun(
+    start, monkeypatch
+):
+    run, interrupt = threads.Threads.run, threads.Threads.interrupt
+    interrupted = threading.Event()
+
+    def run_late(self, running, guard):
+        assert interrupted.wait(30)
+        run(self, running, guard)
+
+    def note(self):
+        interrupt(self)
+        interrupted.set()
+
+    monkeypatch.setattr(threads.Threads, "run", run_late)
+    monkeypatch.setattr(threads.Threads, "interrupt", note)
+    errand = make(status=Status.waiting(5))
+    process = start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.working)
+    process.stop(0.1)
+    assert process.ended() == {"release": 1}
+    assert stored(errand) == Status.waiting(5)
+    assert not Ledger.objects.exists()
 
 
 @pytest.mark.parametrize("name", ["testapp.do_errand", "testapp.review"])
@@ -593,6 +651,32 @@ def test_lack_of_connections_is_told_with_what_to_set(start, declare, monkeypatc
     assert caplog.text.count("has 300 connections of the 300 that it allows") == 1
 
 
+@pytest.mark.parametrize(
+    "answer", [None, (30, 300), OperationalError("too many"), RuntimeError("a fault")], ids=repr
+)
+def test_no_advice_is_given_where_connections_are_not_known_to_be_scarce(
+    answer, start, declare, monkeypatch, caplog
+):
+    def fail(task):
+        raise OperationalError("no such table")
+
+    def count(engine):
+        asked.append(engine)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    asked = []
+    monkeypatch.setattr(completer, "_COUNT_INTERVAL", 0.0)
+    monkeypatch.setattr(type(engine_for("default")), "connections_in_use", count)
+    declare(Task, "status", name="tasks", retry=0)(fail)
+    Task.objects.bulk_create([Task(), Task()])
+    process = start("tasks", threads=1)
+    wait_until(lambda: process.ended() == {"fail": 2})
+    wait_until(lambda: len(asked) == 2)
+    assert "connections of the" not in caplog.text
+
+
 def test_server_tells_its_connections(vendor):
     found = modelqueue.engines.engine_for("default").connections_in_use()
     if vendor == "sqlite":
@@ -647,6 +731,49 @@ def test_task_that_can_not_be_begun_is_given_back(start, monkeypatch, caplog):
     assert stored(errand) == Status.waiting(5)
     process.pipe.send(("due", ["testapp.do_errand"]))
     wait_until(lambda: stored(errand).state == State.finished)
+
+
+def test_task_that_can_be_neither_begun_nor_given_back_is_left_to_the_supervisor(start, monkeypatch):
+    """It has no lease that is renewed, which must hinder neither the next try nor the end of the process."""
+
+    def no_thread(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    def settle(attempt, error):
+        tries.append(error)
+        raise OperationalError("away")
+
+    tries = []
+    monkeypatch.setattr(leases.Keeper, "hold", no_thread)
+    monkeypatch.setattr(Attempt, "settle", settle)
+    errand = make(status=Status.waiting(5))
+    process = start("testapp.do_errand")
+    wait_until(lambda: len(tries) >= 2)
+    process.stop(0.1)
+    [[left]] = process.wait_for("left")
+    assert (left.row.pk, left.row.status, left.leases) == (errand.pk, Status.waiting(5), {stored(errand)})
+
+
+@pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
+def test_atomic_action_whose_outcome_can_not_be_written_is_left_to_its_recovery(
+    error, start, declare, monkeypatch, caplog
+):
+    """It was rolled back, so nothing is lost with it."""
+
+    def act(task):
+        Ledger.objects.create(task=task.pk)
+        if task == first:
+            raise ValueError("no")
+
+    monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(1, AtomicAttempt.write_or_fail, error))
+    declare(Task, "status", name="tasks", atomic=True)(act)
+    first, second = Task.objects.create(), Task.objects.create()
+    process = start("tasks", threads=1)
+    wait_until(lambda: stored(second).state == State.finished)
+    wait_until(lambda: process.ended() == {"lost": 1, "finish": 1})
+    assert stored(first).state == State.working
+    assert list(Ledger.objects.values_list("task", flat=True)) == [second.pk]
+    assert f"tasks {first.pk}: its outcome can not be written; it is left to its recovery" in caplog.text
 
 
 def test_system_exit_of_a_hook_stops_nothing(start, monkeypatch):
@@ -736,6 +863,46 @@ def test_async_action_whose_lease_is_lost_is_canceled(start, monkeypatch):
     Errand.objects.update(review_status=Status.canceled(5))
     wait_until(lambda: process.ended() == {"release": 1})
     assert stored(errand, "review_status") == Status.canceled(5)
+
+
+def test_async_action_whose_lease_is_lost_before_it_begins_is_not_run(start, monkeypatch):
+    """The first one of a process, for which there is no event loop yet: nothing tells it of that again."""
+    start_attempt = AsyncAttempt.start
+
+    def start_too_late(attempt):
+        if attempt.claim.row.pk == canceled.pk:
+            Errand.objects.filter(pk=canceled.pk).update(review_status=Status.canceled(5))
+            assert not attempt.renewal.renew()
+        return start_attempt(attempt)
+
+    monkeypatch.setattr(AsyncAttempt, "start", start_too_late)
+    canceled = make(status=NOT_TO_DO, review_status=Status.waiting(0))
+    other = make(status=NOT_TO_DO, review_status=Status.waiting(1))
+    process = start("testapp.review")
+    wait_until(lambda: process.ended() == {"release": 1, "finish": 1})
+    assert stored(canceled, "review_status") == Status.canceled(5)
+    assert [one.log for one in Errand.objects.order_by("pk")] == [[], ["reviewed"]]
+    assert stored(other, "review_status").state == State.finished
+
+
+def test_lease_that_is_lost_between_an_async_action_and_its_outcome_ends_nothing(start, monkeypatch):
+    def settle_too_late(attempt, error):
+        if attempt.claim.row.pk == canceled.pk:
+            Errand.objects.filter(pk=canceled.pk).update(review_status=Status.canceled(5))
+            assert not attempt.renewal.renew()
+        return settle(attempt, error)
+
+    settle = AsyncAttempt.settle
+    monkeypatch.setattr(AsyncAttempt, "settle", settle_too_late)
+    canceled = make(status=NOT_TO_DO, review_status=Status.waiting(0))
+    with heard("lease_lost") as events:
+        process = start("testapp.review")
+        wait_until(process.ended)
+    assert [facts["outcome"] for _, facts in events] == ["finish"]
+    assert stored(canceled, "review_status") == Status.canceled(5)
+    other = make(status=NOT_TO_DO, review_status=Status.waiting(1))
+    process.pipe.send(("due", ["testapp.review"]))
+    wait_until(lambda: stored(other, "review_status").state == State.finished)
 
 
 @pytest.mark.db_feature("has_select_for_update")

@@ -1,6 +1,6 @@
 """What a process may claim next: turns of its queues, shared threads, limits. No database, no threads."""
 
-import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,14 +74,7 @@ def test_async_queue_needs_no_thread():
 
 def is_waiting(slots):
     """Say whether there is no turn now."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(slots.next()), daemon=True)
-    thread.start()
-    thread.join(0.05)
-    if thread.is_alive():
-        slots.stop()
-        thread.join()
-    return found == [None]
+    return slots.next(0.0) is None
 
 
 def test_queue_whose_claim_was_not_used_up_waits_until_it_is_wanted():
@@ -134,3 +127,74 @@ def test_stop_ends_the_turns_at_once():
     slots = Slots([lane("a")], 4)
     slots.stop()
     assert slots.next() is None
+
+
+def test_who_waits_for_a_turn_may_look_after_other_things_now_and_then():
+    slots = Slots([lane("a")], 4)
+    turns(slots, 1)
+    began = time.monotonic()
+    assert slots.next(0.1) is None
+    assert 0.1 <= time.monotonic() - began < 5
+
+
+def test_queue_that_failed_has_its_next_turn_after_its_pause_and_others_have_theirs_meanwhile():
+    a, b = lane("a"), lane("b")
+    slots = Slots([a, b], 4)
+    failed_at = time.monotonic()
+    slots.failed(slots.next(), 0.5)
+    assert slots.running == 0
+    for _ in range(3):
+        assert turns(slots, 1)[0][0] == "b"
+        for _ in range(b.running):
+            slots.freed(b)
+    turns(slots, 1, claimed=0)
+    assert is_waiting(slots)
+    assert turns(slots, 1) == [("a", 4)]  # though nobody has said that it has something due
+    assert time.monotonic() - failed_at >= 0.5
+
+
+def test_wish_does_not_shorten_the_pause_of_a_queue_that_failed():
+    slots = Slots([lane("a")], 4)
+    slots.failed(slots.next(), 60.0)
+    slots.want(["a"])
+    slots.recover(["a"])
+    assert is_waiting(slots)
+
+
+def test_claim_that_failed_uses_up_nothing_of_what_a_process_may_run():
+    slots = Slots([lane("a")], 4, most_tasks=4)
+    slots.failed(slots.next(), 0.0)
+    assert not slots.is_used_up
+    assert turns(slots, 1) == [("a", 4)]
+
+
+def test_recovery_that_failed_is_done_after_its_pause():
+    slots = Slots([lane("a")], 4)
+    turns(slots, 1, claimed=0)
+    slots.recover(["a"])
+    slots.failed(slots.next(), 0.4)
+    assert is_waiting(slots)
+    assert slots.next().is_recovery
+    assert is_waiting(slots)
+    assert slots.running == 0
+
+
+def test_recovery_and_claims_take_turns():
+    """There may be very many to recover, and very many due."""
+    slots, seen = Slots([lane("a")], 4), []
+    for _ in range(6):
+        slots.recover(["a"])
+        turn = slots.next()
+        seen.append(turn.is_recovery)
+        if not turn.is_recovery:
+            slots.failed(turn, 0.0)  # it is wanted still
+    assert seen == [True, False] * 3
+
+
+def test_recovery_goes_on_where_nothing_can_be_claimed():
+    slots, seen = Slots([lane("a")], 4), []
+    turns(slots, 1)
+    for _ in range(3):
+        slots.recover(["a"])
+        seen.append(slots.next().is_recovery)
+    assert seen == [True] * 3

@@ -1,6 +1,11 @@
 """The supervisor with processes that the test plays: what it does when they die, hang or say something."""
 
+import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +19,7 @@ from modelqueue.worker import supervisor as module
 from modelqueue.worker.options import Options
 from modelqueue.worker.running import Left
 from modelqueue.worker.supervisor import Child, Supervisor
+from modelqueue.worker.system import is_alive
 from tests.actions import stored
 from tests.processes import wait_until
 from tests.testapp.models import Errand
@@ -58,9 +64,6 @@ class Played(Child):
         if self.process.exitcode is None:
             self.process.exitcode = code
             self._death.close()
-
-    def kill(self):
-        self.process.kill()
 
 
 @pytest.fixture
@@ -169,6 +172,14 @@ def test_full_process_has_only_the_grace_time_when_the_worker_is_stopped(play):
     assert game.codes == [0]
 
 
+def test_message_that_the_supervisor_does_not_know_ends_nothing(play):
+    """Of a process with newer code than its own."""
+    game = play()
+    game.children[0].say("new words", 1, 2)
+    game.children[0].say("ended", {"finish": 3})
+    wait_until(lambda: game.counts == [{"finish": 3}])
+
+
 def test_outcomes_are_passed_on(play):
     game = play()
     game.children[0].say("ended", {"finish": 3})
@@ -220,6 +231,37 @@ def test_process_that_does_not_listen_is_told_no_more(play):
     wait_until(lambda: child.listen() or ("stop", 0.2) in child.heard)
 
 
+def test_process_that_hears_nothing_any_more_is_replaced_once_it_is_dead(play, caplog):
+    caplog.set_level("DEBUG", "modelqueue")
+    game = play()
+    child = game.children[0]
+    child.say("ready")
+    wait_until(lambda: child.is_ready)
+    child.theirs.close()
+    wait_until(lambda: f"Process {child.pid} does not listen." in caplog.text)
+    assert game.supervisor._children == [child]
+    child.die(1)
+    wait_until(lambda: len(game.children) == 2)
+
+
+def test_process_that_outlives_its_kill_is_killed_again(play, monkeypatch):
+    """One that waits for a disk ends only after that; it is told once to stop."""
+    game = play()
+    child, kills = game.children[0], []
+
+    def kill():
+        kills.append(time.monotonic())
+        if len(kills) == 2:
+            child.die(-9)
+
+    child.process.kill = kill
+    game.supervisor.stop()
+    wait_until(lambda: child.listen() or game.codes == [0])
+    assert len(kills) == 2
+    assert kills[1] - kills[0] >= 0.4  # the grace time, and a little more
+    assert child.heard.count(("stop", 0.2)) == 1
+
+
 def test_process_that_does_not_stop_is_killed(play):
     game = play()
     game.supervisor.stop()
@@ -249,6 +291,20 @@ def test_what_a_dead_process_has_left_is_given_back(play):
     assert stored(errand) == errand.status  # it lives
     game.children[0].die(0)
     wait_until(lambda: stored(errand) == Status.waiting(5))
+
+
+def test_what_somebody_has_taken_from_a_dead_process_is_not_given_back(play, caplog):
+    game = play()
+    taken, ours = (Errand.objects.create(status=Status.working()) for _ in range(2))
+    child = game.children[0]
+    child.say("left", [left_by(child, taken), left_by(child, ours)])
+    wait_until(lambda: child.left)
+    Errand.objects.filter(pk=taken.pk).update(status=Status.canceled(7))
+    child.die(0)
+    wait_until(lambda: stored(ours) == Status.waiting(5))
+    assert stored(taken) == Status.canceled(7)
+    wait_until(lambda: f"testapp.do_errand {ours.pk} did not end in time: given back" in caplog.text)
+    assert f"testapp.do_errand {taken.pk}" not in caplog.text
 
 
 def test_what_can_not_be_given_back_is_left_to_its_recovery(play, monkeypatch, caplog):
@@ -293,6 +349,24 @@ def test_process_that_is_being_replaced_has_the_grace_time_when_its_fork_server_
     lives[0] = False
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork server")
+def test_living_process_whose_fork_server_died_is_killed_if_it_does_not_stop(play):
+    """By the system: multiprocessing takes it for dead, and does nothing."""
+    game = play()
+    child = game.children[0]
+    actual = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        child.pid = actual.pid
+        child.process.exitcode = 255
+        child._death.close()
+        wait_until(lambda: child not in game.supervisor._children)
+        assert not is_alive(actual.pid)
+        assert f"Process {actual.pid} does not stop and is killed." in game.said
+    finally:
+        actual.kill()
+        actual.wait()
+
+
 @pytest.mark.parametrize("error", [OSError("no more processes"), EOFError("unexpected EOF")])
 def test_process_that_can_not_be_started_is_tried_again(error, play, monkeypatch):
     failures = [error]
@@ -317,12 +391,16 @@ def test_listener_that_is_gone_ends_nothing(play):
     wait_until(lambda: len(game.children) == 2)
 
 
-def test_error_of_its_own_leaves_no_process_behind(play, monkeypatch):
+@pytest.mark.parametrize(("ends_by_itself", "code"), [(False, -9), (True, 0)])
+def test_error_of_its_own_leaves_no_process_behind(ends_by_itself, code, play, monkeypatch):
     game = play()
+    child = game.children[0]
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    if ends_by_itself:
+        child.process.join = lambda timeout=None: child.die(0)
     monkeypatch.setattr(game.supervisor, "_write_health", lambda: 1 / 0)
     wait_until(lambda: not game.thread.is_alive())
-    assert game.children[0].process.exitcode == -9
+    assert child.process.exitcode == code
 
 
 @pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 1)])
@@ -378,6 +456,40 @@ def test_health_is_that_of_the_processes_too(play, monkeypatch, tmp_path):
     time.sleep(1.5)
     assert path.stat().st_mtime_ns == written
     wait_until(lambda: child.listen() or path.stat().st_mtime_ns > written)
+
+
+def test_health_file_that_can_not_be_written_ends_nothing(play, tmp_path, caplog):
+    path = tmp_path / "folder" / "health"
+    game = play(health_file=str(path))
+    child = game.children[0]
+    child.say("ready")
+    wait_until(lambda: child.listen() or "The health file can not be written" in caplog.text)
+    path.parent.mkdir()
+    wait_until(lambda: child.listen() or path.exists())
+    assert json.loads(path.read_text())["processes"] == [child.pid]
+
+
+@pytest.mark.usefixtures("play")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
+def test_worker_of_the_main_thread_stops_in_order_at_a_signal(monkeypatch):
+    def stop():
+        wait_until(lambda: Played.started)
+        os.kill(os.getpid(), signal.SIGTERM)
+        (child,) = Played.started
+        wait_until(lambda: child.listen() or ("stop", 25.0) in child.heard)
+        child.die(0)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(module, "start_fork_server", lambda: calls.append("fork server"))
+    calls = []
+    said = []
+    one = Supervisor(Options(names=("testapp.do_errand",)), [do_errand], said.append)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert one.run() == 0
+    thread.join(30)
+    assert (calls, said) == (["fork server"], ["Stopping: running tasks may end."])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_end_of_a_drain_that_can_not_be_seen_is_none(monkeypatch):

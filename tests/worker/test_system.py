@@ -1,15 +1,18 @@
 """What differs between operating systems: signals, memory, how processes end."""
 
 import builtins
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from modelqueue.worker import system
+from tests.processes import wait_until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
@@ -56,6 +59,32 @@ def test_process_is_alive_until_it_is_gone(monkeypatch):
 
     monkeypatch.setattr(os, "kill", forbidden)  # of somebody else
     assert system.is_alive(1)
+
+
+@posix
+def test_child_that_has_ended_is_not_alive_and_leaves_no_zombie():
+    """As one that a container's first process inherits: nobody else waits for it."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(child.pid, 0)  # for the system it is there still
+    assert not system.is_alive(child.pid)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(child.pid, os.WNOHANG)
+    child.wait()
+
+
+def test_process_ends_in_time_whatever_keeps_it_and_its_log_is_complete(monkeypatch):
+    calls = []
+    monkeypatch.setattr(logging, "shutdown", lambda: calls.append("log"))
+    monkeypatch.setattr(os, "_exit", lambda code: calls.append(("exit", code, time.monotonic())))
+    began = time.monotonic()
+    system.end_without_fail(0.2)
+    assert calls == []  # this thread goes on
+    wait_until(lambda: len(calls) == 2)
+    assert calls[0] == "log"
+    _, code, ended = calls[1]
+    assert code == 0
+    assert ended - began >= 0.2
 
 
 def test_processes_are_spawned_where_there_is_no_fork_server(monkeypatch):

@@ -142,7 +142,8 @@ class Engine(Session):
                     with transaction.atomic(using=self.using):
                         claim = self._claim_row(source, row, task, clock)
                 except Error as error:  # of a constraint or a trigger of its table
-                    if self.is_of_the_database_itself(error):
+                    # Where the savepoint is gone, too, the claims before it are rolled back with it.
+                    if self.is_of_the_database_itself(error) or self.is_aborted():
                         raise
                     logger.warning("%s %s can not be claimed: %s", source.model._meta.label, row.pk, error)
                     continue
@@ -240,7 +241,7 @@ class Engine(Session):
         except Exception as error:
             if self.is_of_the_database_itself(error):
                 raise
-            return self.patiently(partial(self._recover_one_by_one, source, candidates, judge))
+            return self._recover_one_by_one(source, candidates, judge)
 
     def _recover_together(
         self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
@@ -264,14 +265,19 @@ class Engine(Session):
     def _recover_one_by_one(
         self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
     ) -> list[tuple[Candidate, Status]]:
-        recovered = []
+        recovered: list[tuple[Candidate, Status]] = []
         for row in candidates:
             try:
-                recovered += self._recover_together(source, [row], judge)
-            except Error as error:  # of a constraint or a trigger of its table: left for the next time
-                if self.is_of_the_database_itself(error):
+                recovered += self.patiently(partial(self._recover_together, source, [row], judge))
+            except Error as error:
+                if not self.is_of_the_database_itself(error):  # of a constraint or a trigger of its table
+                    logger.warning("%s %s can not be recovered: %s", source.model._meta.label, row.pk, error)
+                    continue  # left for the next time
+                if not recovered:
                     raise
-                logger.warning("%s %s can not be recovered: %s", source.model._meta.label, row.pk, error)
+                # What is recovered already is committed, and has to be told.
+                logger.warning("%s: fewer are recovered: %s", source.model._meta.label, error)
+                break
         return recovered
 
     # Single rows

@@ -69,6 +69,8 @@ class Loop:
         self._tasks[running] = task
         # Not at the end of a coroutine of ours: one that is canceled before it has begun is not run at all.
         task.add_done_callback(lambda task: self._end(running, task))
+        if not attempt.is_held:  # since before there was something to cancel, and nobody tells again
+            self._cancel(running)
 
     def _cancel(self, running: Running) -> None:
         task = self._tasks.get(running)
