@@ -29,6 +29,7 @@ from django.dispatch import Signal
 
 from modelqueue import signals
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
+from modelqueue.claim_values import Values, show
 from modelqueue.clock import now
 from modelqueue.engines import Claim, Place, engine_for
 from modelqueue.fields import is_saved, set_loaded
@@ -312,24 +313,37 @@ class Attempt(Generic[M]):
         if self.is_deleted_by_action():
             return False
         changed = [] if snapshot is None else snapshot.changed()
+        before = self.to_put_back(outcome, snapshot)
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write_status = self.write_status if self.waits else self.write_status_if_free
-            return self.engine.patiently(functools.partial(write_status, outcome), reconnect=True)
+            return self.engine.patiently(functools.partial(write_status, outcome, before), reconnect=True)
         # A save() that is rolled back leaves its traces on the instance; each try begins without them.
         as_left = dict(task.__dict__)
-        write = functools.partial(self.write_task, outcome, task, as_left, changed)
+        write = functools.partial(self.write_task, outcome, before, task, as_left, changed)
         return self.engine.patiently(write, reconnect=True)
 
-    def write_status_if_free(self, outcome: Outcome) -> bool:
+    def to_put_back(self, outcome: Outcome, snapshot: Snapshot | None) -> Values:
+        """Return the values from before the claim that giving the task back restores.
+
+        Of the fields that the claim has set those that the action has not changed: its changes are saved.
+        """
+        if outcome.ending != "release" or not self.claim.row.before:
+            return {}
+        before = self.source.by_field(self.claim.row.before)
+        if snapshot is None:
+            return before
+        return {field: value for field, value in before.items() if snapshot.is_as_claimed(field)}
+
+    def write_status_if_free(self, outcome: Outcome, before: Values) -> bool:
         with self.engine.transaction():
             self.refuse_to_wait()
-            return self.write_status(outcome)
+            return self.write_status(outcome, before)
 
     def refuse_to_wait(self) -> None:
         """Lock the row within the open transaction; raise if somebody else has locked it."""
         self.engine.lock_or_refuse(self.source.owner_rows().filter(pk=self.claim.row.key))
 
-    def write_status(self, outcome: Outcome) -> bool:
+    def write_status(self, outcome: Outcome, before: Values) -> bool:
         column = self.source.error_field
         note = None if column is None else outcome.note
         if column is not None and self.snapshot is not None and note == self.snapshot.known(column):
@@ -337,10 +351,15 @@ class Attempt(Generic[M]):
         held = self.held
         if self.task is not None:
             set_loaded(self.task, self.source.field, outcome.status)
-        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note)
+        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note, before)
 
     def write_task(
-        self, outcome: Outcome, task: M, as_left: dict[str, Any], changed: list[models.Field[Any, Any]]
+        self,
+        outcome: Outcome,
+        before: Values,
+        task: M,
+        as_left: dict[str, Any],
+        changed: list[models.Field[Any, Any]],
     ) -> bool:
         source, column = self.source, self.source.error_field
         held = self.held
@@ -349,7 +368,9 @@ class Attempt(Generic[M]):
             with self.engine.transaction():
                 if not self.waits:
                     self.refuse_to_wait()
-                if not self.engine.compare_and_set(source, self.claim.row, held, outcome.status):
+                if not self.engine.compare_and_set(
+                    source, self.claim.row, held, outcome.status, others=before
+                ):
                     return False
                 task.__dict__.clear()
                 task.__dict__.update(as_left)
@@ -384,6 +405,8 @@ class Attempt(Generic[M]):
             stored = task.__dict__[self.source.field.attname]
         if task is not None and (exists or not is_written):
             set_loaded(task, self.source.field, stored if exists else self.lease)
+        if task is not None and is_written:
+            show(task, self.to_put_back(outcome, self.snapshot))
         column = self.source.error_field
         if task is not None and column is not None and is_written and outcome.note is not None:
             setattr(task, column.attname, outcome.note)

@@ -28,9 +28,10 @@ from django.utils.module_loading import autodiscover_modules
 from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
+from modelqueue.claim_values import ClaimValues, Given, show
 from modelqueue.engines import Claim, engine_for
 from modelqueue.execution import Work, arun_next, begin_next, is_async, refuse_atomic_async, run_next
-from modelqueue.fields import StatusField, declared_on
+from modelqueue.fields import StatusField, declared_on, set_loaded
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source, Tasks
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, StateLike, Status
@@ -88,6 +89,10 @@ class Queue(Generic[M]):
             )
         self.field = source.field
         self.model = source.model
+        claim_values: Given | None = options["claim_values"]
+        self.claim_values = (
+            None if claim_values is None else ClaimValues(claim_values, self.model, self.field)
+        )
         self.is_async = is_async(action)
         _check_call(action)
         refuse_atomic_async(action, self.atomic)
@@ -118,7 +123,7 @@ class Queue(Generic[M]):
         return rows
 
     def source(self) -> Source[M]:
-        return Source.of(self.rows(), self.field.name, self.error_field)
+        return Source.of(self.rows(), self.field.name, self.error_field, self.claim_values)
 
     @property
     def using(self) -> str:
@@ -210,8 +215,12 @@ class Queue(Generic[M]):
         claim: Claim[M] | None = task.__dict__.get(_CLAIM)
         if claim is None:
             raise ValueError(f"{task!r} was not claimed by Queue.claim(), or is given back already.")
-        was_ours = verbs.release(self.source(), claim.row, {claim.lease})
+        source = self.source()
+        was_ours = verbs.release(source, claim.row, {claim.lease})
         del task.__dict__[_CLAIM]
+        if was_ours:
+            set_loaded(task, self.field, claim.row.status)
+            show(task, source.by_field(claim.row.before))
         return was_ours
 
     def tally(self) -> dict[str, int]:
@@ -260,6 +269,7 @@ def queue(
     error_field: str | None = None,
     cancel_on: type[BaseException] | tuple[type[BaseException], ...] = (),
     slots: int | None = None,
+    claim_values: Given | None = None,
 ) -> Callable[[Callable[[M], object]], Queue[M]]:
     """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
 
@@ -280,6 +290,9 @@ def queue(
         cancel_on: an exception, or a tuple of them, after which there is no further attempt.
         slots: how many of its tasks a worker process runs at a time, 1 or more. None: as many as it has
             threads, or 100 of an ``async def``.
+        claim_values: further fields that a claim sets, in the statement that sets the status: a dict of
+            values by field name, or a callable without arguments that returns one, called once for each
+            claim. A task that is given back uncharged gets back what it had before.
 
     Raises:
         TypeError, ValueError: what can not be declared, and what to do about it.
@@ -301,6 +314,7 @@ def queue(
             error_field=error_field,
             cancel_on=cancel_on,
             slots=slots,
+            claim_values=claim_values,
         )
         _register(declared)
         return declared

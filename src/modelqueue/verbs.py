@@ -41,7 +41,7 @@ logger = logging.getLogger("modelqueue")
 
 def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
     """Take up to `limit` due tasks for this worker, see `Engine.claim`."""
-    return engine_for(source.using).claim(source, now, limit)
+    return engine_for(source.using).claim(source.for_a_claim(), now, limit)
 
 
 def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
@@ -98,7 +98,7 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
 
 
 def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
-    """Give a claimed task back uncharged: it waits as it did before the claim.
+    """Give a claimed task back uncharged: it waits as it did before the claim, and what that set is undone.
 
     Args:
         row: as it was before the claim.
@@ -113,9 +113,9 @@ def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
         if time.monotonic() > deadline:  # the clock was set back: left to its recovery
             return False
         time.sleep(0.0005)  # so that its next claim gets another lease
-    engine = engine_for(source.using)
+    engine, before = engine_for(source.using), source.by_field(row.before)
     return engine.patiently(
-        lambda: engine.compare_and_set(source, row, {*leases}, row.status), reconnect=True
+        lambda: engine.compare_and_set(source, row, {*leases}, row.status, others=before), reconnect=True
     )
 
 

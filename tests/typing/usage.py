@@ -86,6 +86,13 @@ class TaskAdmin(admin.ModelAdmin[Task]):
 def hash_data(task: Task) -> None: ...
 
 
+@modelqueue.queue(Task, "status", claim_values=lambda: {"data": "alpha"})
+def enter(task: Task) -> None: ...
+
+
+modelqueue.queue(Task, "status", claim_values={"data": "alpha"})
+modelqueue.queue(Task, "status", claim_values="data")  # type: ignore[arg-type]
+
 assert_type(testing.run_one(hash_data), testing.Ran[Task] | None)
 testing.drain(hash_data, raises=False)
 testing.run_until(dt.timedelta(hours=1), hash_data)
