@@ -51,6 +51,7 @@ def queue_over():
         options = {
             "name": "tasks", "retry": 3, "timeout": HOUR, "lease": 30 * SECOND, "delay": 0 * SECOND,
             "atomic": False, "error_field": None, "cancel_on": (), "slots": None, "claim_values": None,
+            "next_priority": None,
             **options,
         }  # fmt: skip
         queue = Queue(model, "status", succeed, where="here", **options)

@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import pickle
+import time
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -14,7 +15,7 @@ from modelqueue import Abort, Cancel, Retry, State, Status, attempts, clock, tes
 from modelqueue.attempts import AsyncAttempt
 from modelqueue.engines import Engine
 from modelqueue.exceptions import Interrupted
-from tests.actions import SECOND, heard, raising, row, stored, succeed
+from tests.actions import SECOND, Clock, heard, raising, row, stored, succeed
 from tests.test_query_plan import CLAIM, CLAIM_AND_LOAD, OUTCOME, sent, verb
 from tests.testapp import models
 from tests.testapp.models import Job, NightShift, NumberedJob, Paper, PickyPaper, Project, Shift
@@ -475,7 +476,11 @@ async def asynchronous(*arguments): ...
 
 @pytest.mark.parametrize(
     ("given", "text"),
-    [(asynchronous, "is an async function, which nobody awaits"), (5, "are a dict .*not 5")],
+    [
+        (asynchronous, "is an async function, which nobody awaits"),
+        (returning, "can not be called with no arguments: missing a required argument: 'values'"),
+        (5, "are a dict .*not 5"),
+    ],
 )
 def test_claim_values_are_a_dict_or_a_callable(given, text, declare):
     with pytest.raises(TypeError, match=f"claim_values.*{text}"):
@@ -508,3 +513,310 @@ def test_value_is_shown_as_its_field_would_load_it(engine, declare):
     Shift.objects.create()
     (task,) = queue.claim()
     assert task.began == row(task).began == MORNING
+
+
+# next_priority
+
+AGAIN = {
+    "fail": raising(ValueError("no")),
+    "retry": raising(Retry(60 * SECOND)),
+    "abort": raising(Abort(60 * SECOND)),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "atomic", "async"])
+@pytest.mark.parametrize("how", AGAIN)
+def test_queue_chooses_the_priority_of_the_next_attempt(how, kind, declare):
+    asked = []
+
+    def choose(task, moment):
+        asked.append((task, moment))
+        return 77
+
+    async def act(task):
+        AGAIN[how](task)
+
+    action = act if kind == "async" else AGAIN[how]
+    options = {"delay": 60 * SECOND, "atomic": kind == "atomic", "next_priority": choose}
+    queue = declare(Shift, "status", name="shifts", **options)(action)
+    shift = Shift.objects.create(status=Status.waiting(5, 1))
+    before = modelqueue.now()
+    ran = testing.run_one(queue, raises=False)
+    assert stored(shift) == Status.waiting(77, 1 if how == "retry" else 2)
+    ((task, moment),) = asked
+    assert task is ran.task
+    assert before + 60 * SECOND <= moment <= modelqueue.now() + 60 * SECOND
+
+
+def test_task_that_may_run_at_once_is_due_when_its_queue_is_asked(declare):
+    seen = []
+
+    def choose(task, moment):
+        seen.append(moment <= modelqueue.now())
+        return 77
+
+    queue = declare(Shift, "status", name="shifts", retry=None, next_priority=choose)(raising(Retry()))
+    Shift.objects.create()
+    for _ in range(20):
+        queue.run()
+    assert seen == [True] * 20
+
+
+@pytest.mark.parametrize(
+    ("chosen", "priority"),
+    [
+        (0, 0),
+        (10**17 - 1, 10**17 - 1),
+        (MORNING, 20260304063000123),
+        (MORNING.astimezone(dt.timezone(dt.timedelta(hours=2))), 20260304063000123),
+        (MORNING.replace(tzinfo=None), 20260304063000123),
+    ],
+)
+def test_priority_is_a_number_or_a_time(chosen, priority, declare):
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: chosen)(
+        raising(Abort())
+    )
+    task = Shift.objects.create()
+    queue.run()
+    assert stored(task) == Status.waiting(priority, 1)
+    task.refresh_from_db()
+    queue.enqueue(Shift.objects.exclude(pk=None), priority=6)  # not asked
+    assert stored(task) == Status.waiting(6)
+
+
+def never(task, moment):
+    raise AssertionError(f"{task!r} has no next attempt of its own")
+
+
+def assign(task):
+    task.status = Status.waiting(5)
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [
+        (succeed, "finished"),
+        (assign, "waiting"),
+        (raising(Cancel()), "canceled"),
+        (raising(Abort()), "canceled"),
+        (raising(ValueError()), "canceled"),
+        (raising(Interrupted()), "waiting"),
+    ],
+    ids=["finish", "assign", "cancel", "abort", "fail", "release"],
+)
+def test_queue_is_not_asked_where_its_task_does_not_ask_for_another_attempt(action, status, declare):
+    queue = declare(Shift, "status", name="shifts", retry=0, next_priority=never)(action)
+    task = Shift.objects.create(status=Status.waiting(5))
+    try:
+        queue.run()
+    except (ValueError, Interrupted):
+        assert status != "finished"
+    assert stored(task).state.name == status
+    assert status != "waiting" or stored(task) == Status.waiting(5)
+
+
+def test_recovery_and_rows_that_do_not_load_do_not_ask(declare):
+    queue = declare(PickyPaper, "status", name="papers", lease=3 * SECOND, next_priority=never)(succeed)
+    unreadable = PickyPaper.objects.create(title="unreadable", status=Status.waiting(5))
+    with pytest.raises(ValueError, match="this value can not be read"):
+        queue.run()
+    statuses = PickyPaper.objects.filter(pk=unreadable.pk).values_list("status", flat=True)
+    assert (statuses[0].state, statuses[0].attempts) == (State.waiting, 1)
+    PickyPaper.objects.update(status=Status.working(5))
+    assert verbs.recover(queue.source(), queue.recovery()) == 1
+    assert (statuses[0].state, statuses[0].attempts) == (State.waiting, 1)
+
+
+@pytest.mark.parametrize("how", ["fail", "retry", "abort"])
+@pytest.mark.parametrize(
+    ("chosen", "error", "text"),
+    [
+        (KeyError("none"), KeyError, "none"),
+        (SystemExit(3), SystemExit, "3"),
+        (None, TypeError, "A priority is a datetime or an int .* not None"),
+        (True, TypeError, "A priority is .* not True"),
+        (10**17, ValueError, "does not fit into 17 digits"),
+    ],
+    ids=["raises", "exits", "none", "bool", "too large"],
+)
+def test_attempt_whose_queue_can_not_choose_has_failed(chosen, error, text, how, declare, caplog):
+    def choose(*arguments):
+        if isinstance(chosen, BaseException):
+            raise chosen
+        return chosen
+
+    queue = declare(Shift, "status", name="shifts", error_field="error", next_priority=choose)(KEPT[how])
+    task = Shift.objects.create()
+    with heard("task_finished") as events, pytest.raises(error, match=text) as raised:
+        queue.run()
+    assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+    assert modelqueue.now() - SECOND < stored(task).parse()[1] <= modelqueue.now()
+    assert events[0][1]["outcome"] == "fail"
+    assert error.__name__ in row(task).error
+    assert error.__name__ in caplog.text
+    assert type(raised.value.__cause__) is {"fail": ValueError, "retry": Retry, "abort": Abort}[how]
+
+
+def test_attempt_whose_queue_can_not_choose_may_be_the_last(declare):
+    nothing = {"retry": 0, "next_priority": lambda task, moment: None}
+    queue = declare(Shift, "status", name="shifts", **nothing)(raising(Retry()))
+    task = Shift.objects.create()
+    with pytest.raises(TypeError):
+        queue.run()
+    assert (stored(task).state, stored(task).attempts) == (State.canceled, 1)
+
+
+def test_attempt_whose_changes_can_not_be_saved_asks(declare, monkeypatch):
+    def change(task):
+        task.worker = "mine"
+
+    def refuse(*arguments):
+        raise DatabaseError("no")
+
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: 77)(change)
+    task = Shift.objects.create()
+    monkeypatch.setattr(attempts, "save_merged", refuse)
+    with pytest.raises(DatabaseError):
+        queue.run()
+    assert stored(task) == Status.waiting(77, 1)
+
+
+def test_error_of_the_database_leaves_the_transaction_of_the_caller_usable(declare):
+    def choose(task, moment):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT nothing FROM nowhere")
+
+    queue = declare(Shift, "status", name="shifts", next_priority=choose)(raising(Retry()))
+    with transaction.atomic():
+        task = Shift.objects.create()
+        with pytest.raises(DatabaseError):
+            queue.run()
+        assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
+
+
+def test_no_lease_comes_twice_under_a_priority_that_is_no_time(declare):
+    """On a machine that makes several attempts in a millisecond."""
+    began, leases = modelqueue.now(), []
+
+    def note(task):
+        leases.append(stored(task))
+        raise Retry
+
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: 77)(note)
+    Shift.objects.create(status=Status.waiting(5))
+    with clock.use(lambda: began + (dt.datetime.now(dt.timezone.utc) - began) / 50):
+        while len(leases) < 30:
+            queue.run()
+    assert len(set(leases)) == 30
+
+
+def test_task_waits_for_the_time_of_its_lease_where_the_clock_was_set_back(declare):
+    """Else its next claim could stamp the same lease."""
+    moment = Clock()
+
+    def set_back(task):
+        moment.move(-60 * SECOND)
+        raise Retry
+
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: 77)(set_back)
+    with clock.use(moment):
+        task = Shift.objects.create(status=Status.waiting(5))
+        (claim,) = verbs.claim(queue.source())
+        queue.attempt(claim, queue.source()).process(queue.action)
+    assert stored(task) == Status.waiting(claim.lease.priority)
+
+
+def test_priority_stands_where_the_lease_is_renewed_before_it_is_written(declare, monkeypatch):
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: 77)(raising(Abort()))
+    task = Shift.objects.create()
+    (claim,) = verbs.claim(queue.source())
+    attempt = queue.attempt(claim, queue.source())
+
+    def away(*arguments):
+        raise OperationalError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "compare_and_set", away)
+        patch.setattr(Engine, "is_of_the_database_itself", lambda self, error: True)
+        patch.setattr(Engine, "patiently", lambda self, work, reconnect=False: work())
+        with pytest.raises(OperationalError):
+            attempt.settle(Abort())
+    time.sleep(0.005)
+    verbs.renew(queue.source(), {task.pk: attempt.leases})
+    assert attempt.lease > claim.lease
+    attempt.settle(Abort())
+    assert stored(task) == Status.waiting(77, 1)
+
+
+# next_priority: enqueueing
+
+
+def test_enqueued_task_gets_the_priority_that_its_queue_chooses(declare):
+    asked = []
+
+    def choose(task, moment):
+        asked.append((task, moment))
+        return 77
+
+    queue = declare(Shift, "status", name="shifts", next_priority=choose)(succeed)
+    task = Shift.objects.create(status=Status.finished())
+    before = modelqueue.now()
+    assert queue.enqueue(task) == 1
+    assert stored(task) == task.status == Status.waiting(77)
+    assert [one for one, _ in asked] == [task]
+    assert before <= asked[0][1] <= modelqueue.now()
+    assert queue.enqueue(task) == 0  # it is due: not sent to the end of the queue
+    assert queue.enqueue(task, at=MORNING) == queue.enqueue(task, priority=5) == 1
+    assert len(asked) == 2
+    later = Shift.objects.create(status=Status.waiting(modelqueue.now() + 60 * SECOND))
+    assert queue.enqueue(later) == 1
+    assert stored(later) == Status.waiting(77)
+
+
+def test_queue_is_not_asked_for_those_that_are_not_loaded(declare):
+    queue = declare(Shift, "status", name="shifts", next_priority=never)(succeed)
+    task = Shift.objects.create(status=Status.canceled())
+    assert queue.retry() == 1
+    Shift.objects.update(status=Status.created())
+    assert queue.enqueue() == 1
+    Shift.objects.update(status=Status.created())
+    assert queue.enqueue(Shift.objects.all()) == 1
+    assert stored(task).priority > 10**16
+
+
+@pytest.mark.parametrize("chosen", [None, "high", -1])
+def test_task_is_not_enqueued_where_its_queue_can_not_choose(chosen, declare):
+    queue = declare(Shift, "status", name="shifts", next_priority=lambda task, moment: chosen)(succeed)
+    task = Shift.objects.create(status=Status.created(5))
+    with pytest.raises((TypeError, ValueError), match=r"[Pp]riority"):
+        queue.enqueue(task)
+    assert stored(task) == task.status == Status.created(5)
+
+
+def test_queue_is_not_asked_for_what_can_not_be_enqueued(declare):
+    queue = declare(Shift, "status", name="shifts", next_priority=never)(succeed)
+    with pytest.raises(ValueError, match="is not saved"):
+        queue.enqueue(Shift())
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (5, "is a callable that gets a task and a time, not 5"),
+        (asynchronous, "is an async function, which nobody awaits"),
+        (returning, "can not be called with a task and a time: too many positional arguments"),
+    ],
+)
+def test_next_priority_is_a_callable_of_two_arguments(given, text, declare):
+    with pytest.raises(TypeError, match=f"next_priority.*{text}"):
+        declare(Shift, "status", name="shifts", next_priority=given)(succeed)
+
+
+def test_hook_whose_signature_nobody_knows_is_taken(declare):
+    class Chooser:
+        __signature__ = 5
+
+        def __call__(self, task, moment):
+            return 77
+
+    declare(Shift, "status", name="shifts", next_priority=Chooser())(succeed)

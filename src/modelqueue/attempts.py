@@ -18,8 +18,9 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from django.db import DatabaseError, models, transaction
@@ -237,7 +238,25 @@ class Attempt(Generic[M]):
                     return assigned(self.snapshot.assigned, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
-        return decide(self.lease, self.claim.row.status, error, self.policy, now())
+        return self.placed(decide(self.lease, self.claim.row.status, error, self.policy, now()))
+
+    def placed(self, outcome: Outcome) -> Outcome:
+        """Let the queue choose the priority of a task that is to wait for another attempt.
+
+        If it can not, the attempt has failed, and the task waits under the time of the next one.
+        """
+        choose, task, status = self.policy.next_priority, self.task, outcome.next_attempt
+        if choose is None or task is None or status is None:
+            return outcome
+        _wait_until(status.priority)  # what may run at once is due when the queue is asked
+        try:
+            with transaction.atomic(using=self.source.using) if self.is_outer else nullcontext():
+                priority = choose(task, priority_to_datetime(status.priority) or now())
+            chosen = Status.combine(State.waiting, priority, status.attempts)
+        except BaseException as wrong_priority:  # SystemExit too: the row must not stay working
+            wrong_priority.__cause__ = outcome.error
+            return failed(self.lease, wrong_priority, self.policy, now())
+        return replace(outcome, status=chosen, is_placed=True)
 
     # Record
 
@@ -255,7 +274,7 @@ class Attempt(Generic[M]):
         If the changes can not be saved, the attempt has failed, and that is written without them. An
         error that comes up after the commit, such as Ctrl-C, changes nothing any more.
         """
-        self.keep_leases_unique(outcome)
+        outcome = self.keep_leases_unique(outcome)
         try:
             return outcome, self.write(outcome, self.snapshot)
         except BaseException as error:
@@ -295,7 +314,7 @@ class Attempt(Generic[M]):
         back: that is what the caller has to see, a Ctrl-C above all, and the other error is logged.
         """
         if outcome.raised is None or not isinstance(error, Exception):
-            return failed(self.lease, error, self.policy, now())
+            return self.placed(failed(self.lease, error, self.policy, now()))
         logger.error(
             "%s %s: what the action changed can not be saved.",
             self.source.model._meta.label,
@@ -432,13 +451,17 @@ class Attempt(Generic[M]):
 
     # End
 
-    def keep_leases_unique(self, outcome: Outcome) -> None:
+    def keep_leases_unique(self, outcome: Outcome) -> Outcome:
         """Wait, a millisecond at most, before a task goes back with an older time than its lease.
 
-        Its next claim stamps the time of then, so that it can not come out as the same lease.
+        Its next claim stamps the time of then, so that it can not come out as the same lease. If that time is
+        far, as the clock was set back, the task waits for it, whatever priority its queue has chosen.
         """
         if outcome.status is not None and outcome.status.priority < self.lease.priority:
-            _wait_until(self.lease.priority)
+            has_come = _wait_until(self.lease.priority)
+            if outcome.is_placed and not has_come:
+                return replace(outcome, is_placed=False).not_before(self.lease)
+        return outcome
 
     def let_its_time_come(self, outcome: Outcome) -> None:
         """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
@@ -744,10 +767,11 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
     return None
 
 
-def _wait_until(priority: int) -> None:
-    """Wait for the time that a priority spells if it is about to come, and not for any other."""
+def _wait_until(priority: int) -> bool:
+    """Wait for the time that a priority spells if it is about to come; return whether it has come."""
     moment = priority_to_datetime(priority)
     for _ in range(_LOOKS):
         if moment is None or not ZERO_SECS < moment - now() < _SOON:
             break
         time.sleep(0.0001)
+    return moment is None or moment <= now()

@@ -7,7 +7,6 @@ anything is written. The engines set them; who gives a task back uncharged puts 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -37,8 +36,6 @@ class ClaimValues:
     def __init__(self, given: Given, model: type[models.Model], status: models.Field[Any, Any]) -> None:
         self._model = model
         self._status = status
-        if inspect.iscoroutinefunction(given):
-            raise TypeError(f"claim_values={given!r} is an async function, which nobody awaits. Use def.")
         self._ask: Callable[[], Mapping[str, object]] | None = None
         self._fixed: Values = {}
         if callable(given):

@@ -77,7 +77,12 @@ class Queue(Generic[M]):
         self.where = where
         self.lease = _checked_lease(options["lease"])
         policy = Policy.of(options["retry"], options["timeout"], options["delay"])
-        self.policy = replace(policy, lease=self.lease, cancel_on=_checked_classes(options["cancel_on"]))
+        self.policy = replace(
+            policy,
+            lease=self.lease,
+            cancel_on=_checked_classes(options["cancel_on"]),
+            next_priority=_checked_hook("next_priority", options["next_priority"], "a task", "a time"),
+        )
         self.atomic: bool = _checked_bool("atomic", options["atomic"])
         self.slots = _checked_slots(options["slots"])
         self.error_field: str | None = options["error_field"]
@@ -90,11 +95,13 @@ class Queue(Generic[M]):
         self.field = source.field
         self.model = source.model
         claim_values: Given | None = options["claim_values"]
+        if callable(claim_values):
+            _checked_hook("claim_values", claim_values)
         self.claim_values = (
             None if claim_values is None else ClaimValues(claim_values, self.model, self.field)
         )
         self.is_async = is_async(action)
-        _check_call(action)
+        _check_call(f"The action {action!r}", action, "a task alone")
         refuse_atomic_async(action, self.atomic)
         self.name = _checked_name(options["name"]) or _default_name(action, self.model)
 
@@ -154,7 +161,14 @@ class Queue(Generic[M]):
     def enqueue(
         self, tasks: Tasks[M] | M | None = None, at: dt.datetime | None = None, priority: int | None = None
     ) -> int:
-        """Make tasks waiting, see `modelqueue.enqueue`; return how many."""
+        """Make tasks waiting, see `modelqueue.enqueue`; return how many.
+
+        The priority of a single instance, given without `at` and `priority`, is chosen by `next_priority`,
+        if the queue has that.
+        """
+        choose = self.policy.next_priority
+        if choose is not None and isinstance(tasks, models.Model) and at is None and priority is None:
+            return verbs.enqueue_placed(tasks, self.field.name, choose)
         return verbs.enqueue(self.rows() if tasks is None else tasks, self.field.name, at, priority)
 
     def run(self) -> M | None:
@@ -270,6 +284,7 @@ def queue(
     cancel_on: type[BaseException] | tuple[type[BaseException], ...] = (),
     slots: int | None = None,
     claim_values: Given | None = None,
+    next_priority: Callable[[M, dt.datetime], int | dt.datetime] | None = None,
 ) -> Callable[[Callable[[M], object]], Queue[M]]:
     """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
 
@@ -293,6 +308,9 @@ def queue(
         claim_values: further fields that a claim sets, in the statement that sets the status: a dict of
             values by field name, or a callable without arguments that returns one, called once for each
             claim. A task that is given back uncharged gets back what it had before.
+        next_priority: a callable (task, time) -> int or datetime that chooses the priority under which a task
+            waits for its next attempt, instead of the time from which that may be made. Also called by
+            `Queue.enqueue` of an instance. A number below all times is due at once.
 
     Raises:
         TypeError, ValueError: what can not be declared, and what to do about it.
@@ -315,6 +333,7 @@ def queue(
             cancel_on=cancel_on,
             slots=slots,
             claim_values=claim_values,
+            next_priority=next_priority,
         )
         _register(declared)
         return declared
@@ -408,14 +427,28 @@ def _checked_slots(slots: object) -> int | None:
     return slots
 
 
-def _check_call(action: Callable[..., object]) -> None:
+def _checked_hook(name: str, hook: Any, *arguments: str) -> Any:
+    """Return a hook, or None; raise if it can not be called with these."""
+    if hook is None:
+        return None
+    if not callable(hook):
+        raise TypeError(f"{name} is a callable that gets {_in_words(arguments)}, not {hook!r}.")
+    if inspect.iscoroutinefunction(hook):
+        raise TypeError(f"{name}={hook!r} is an async function, which nobody awaits. Use def.")
+    _check_call(f"{name}={hook!r}", hook, *arguments)
+    return hook
+
+
+def _check_call(what: str, function: Callable[..., object], *arguments: str) -> None:
     try:
-        signature = inspect.signature(action)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # of some builtins nobody knows it
         return
     try:
-        signature.bind(None)
+        signature.bind(*arguments)
     except TypeError as error:
-        raise TypeError(
-            f"The action {action!r} can not be called with a task alone: {error}. It gets one argument."
-        ) from None
+        raise TypeError(f"{what} can not be called with {_in_words(arguments)}: {error}.") from None
+
+
+def _in_words(arguments: tuple[str, ...]) -> str:
+    return " and ".join(arguments) or "no arguments"

@@ -102,6 +102,18 @@ def test_tasks_are_run_until_there_are_none_and_reported(start):
     assert stored(errands[0]).state == State.finished
 
 
+@pytest.mark.parametrize("atomic", [False, True])
+def test_task_that_failed_waits_under_the_priority_that_its_queue_chooses(atomic, start, declare):
+    def fail(task):
+        raise ValueError("no")
+
+    options = {"retry": 1, "atomic": atomic, "next_priority": lambda task, moment: 10**17 - 1}  # never due
+    declare(Task, "status", name="tasks", **options)(fail)
+    task = Task.objects.create()
+    start("tasks")
+    wait_until(lambda: stored(task) == Status.waiting(10**17 - 1, 1))
+
+
 def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
     process = start("testapp.do_errand")
     time.sleep(0.2)
