@@ -16,9 +16,10 @@ from modelqueue.attempts import AsyncAttempt
 from modelqueue.engines import Engine
 from modelqueue.exceptions import Interrupted
 from tests.actions import SECOND, Clock, heard, raising, row, stored, succeed
+from tests.processes import wait_until
 from tests.test_query_plan import CLAIM, CLAIM_AND_LOAD, OUTCOME, sent, verb
 from tests.testapp import models
-from tests.testapp.models import Job, NightShift, NumberedJob, Paper, PickyPaper, Project, Shift
+from tests.testapp.models import Job, Ledger, NightShift, NumberedJob, Paper, PickyPaper, Project, Shift
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -385,6 +386,30 @@ def test_recovery_undoes_nothing(engine, declare):
         assert verbs.recover(queue.source(), queue.recovery()) == 1
     assert (stored(task).state, stored(task).attempts) == (State.waiting, 1)
     assert columns(task, ENTRY) == ENTRY
+
+
+def hang(task):
+    Ledger.objects.create(task=task.pk)
+    time.sleep(60)
+
+
+def run_as_first():
+    modelqueue.queue(Shift, "status", name="shifts", claim_values={"worker": "first"})(hang).run()
+
+
+def test_worker_that_is_killed_leaves_its_name_until_the_next_claim(processes, declare):
+    queue = declare(Shift, "status", name="shifts", claim_values={"worker": "second"})(succeed)
+    task = Shift.objects.create(worker="nobody")
+    victim = processes.start(run_as_first)
+    wait_until(lambda: Ledger.objects.filter(task=task.pk))
+    victim.kill()
+    assert (stored(task).state, row(task).worker) == (State.working, "first")
+    later = modelqueue.now() + 60 * SECOND
+    with clock.use(lambda: later):
+        assert verbs.recover(queue.source(), queue.recovery()) == 1
+        assert row(task).worker == "first"
+        queue.run()
+    assert (stored(task).state, stored(task).attempts, row(task).worker) == (State.finished, 2, "second")
 
 
 # claim_values: rows and values that are not as they should be
@@ -820,3 +845,28 @@ def test_hook_whose_signature_nobody_knows_is_taken(declare):
             return 77
 
     declare(Shift, "status", name="shifts", next_priority=Chooser())(succeed)
+
+
+# upkeep, in tests
+
+
+def run_for_an_hour(*queues):
+    return testing.run_until(3600 * SECOND, *queues)
+
+
+@pytest.mark.parametrize("run", [testing.run_to_end, run_for_an_hour])
+def test_upkeep_is_done_once_before_tasks_are_looked_for(run, declare):
+    calls = []
+
+    def make_task():
+        calls.append(Shift.objects.create(status=Status.waiting(modelqueue.now() + 60 * SECOND)))
+
+    queue = declare(Shift, "status", name="shifts", upkeep=make_task)(succeed)
+    other = declare(Job, "status", name="jobs")(succeed)
+    (ran,) = run(queue, other)
+    assert [ran.task] == calls
+
+
+def test_upkeep_of_a_queue_that_is_not_run_is_not_done(declare):
+    declare(Shift, "status", name="shifts", upkeep=lambda: 1 / 0)(succeed)
+    assert testing.run_to_end(declare(Job, "status", name="jobs")(succeed)) == []

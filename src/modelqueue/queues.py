@@ -94,6 +94,7 @@ class Queue(Generic[M]):
             )
         self.field = source.field
         self.model = source.model
+        self.upkeep: Callable[[], object] | None = _checked_hook("upkeep", options["upkeep"])
         claim_values: Given | None = options["claim_values"]
         if callable(claim_values):
             _checked_hook("claim_values", claim_values)
@@ -155,6 +156,11 @@ class Queue(Generic[M]):
         attempt = kind(source, self.policy, claim)
         attempt.queue = self
         return attempt
+
+    def keep_up(self) -> None:
+        """Do the upkeep of the queue, as a worker does each second; raises what it raises."""
+        if self.upkeep is not None:
+            self.upkeep()
 
     # The verbs
 
@@ -285,6 +291,7 @@ def queue(
     slots: int | None = None,
     claim_values: Given | None = None,
     next_priority: Callable[[M, dt.datetime], int | dt.datetime] | None = None,
+    upkeep: Callable[[], object] | None = None,
 ) -> Callable[[Callable[[M], object]], Queue[M]]:
     """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
 
@@ -311,6 +318,8 @@ def queue(
         next_priority: a callable (task, time) -> int or datetime that chooses the priority under which a task
             waits for its next attempt, instead of the time from which that may be made. Also called by
             `Queue.enqueue` of an instance. A number below all times is due at once.
+        upkeep: a callable without arguments that each worker calls when it starts, and every second as long
+            as it serves the queue.
 
     Raises:
         TypeError, ValueError: what can not be declared, and what to do about it.
@@ -334,6 +343,7 @@ def queue(
             slots=slots,
             claim_values=claim_values,
             next_priority=next_priority,
+            upkeep=upkeep,
         )
         _register(declared)
         return declared

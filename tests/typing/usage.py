@@ -97,6 +97,8 @@ def enter(task: Task) -> None: ...
 modelqueue.queue(Task, "status", claim_values={"data": "alpha"})
 modelqueue.queue(Task, "status", claim_values="data")  # type: ignore[arg-type]
 modelqueue.queue(Task, "status", next_priority=make_thumbnail)  # type: ignore[arg-type]
+modelqueue.queue(Task, "status", upkeep=Task.objects.all().delete)
+modelqueue.queue(Task, "status", upkeep=make_thumbnail)  # type: ignore[arg-type]
 
 assert_type(testing.run_one(hash_data), testing.Ran[Task] | None)
 testing.drain(hash_data, raises=False)
