@@ -64,7 +64,10 @@ def queue_over():
     def make(model, **options):
         options = {
             "name": "tasks", "retry": 3, "timeout": HOUR, "lease": 30 * SECOND, "delay": 0 * SECOND,
-            "atomic": False, "error_field": None, "cancel_on": (), "slots": None, **options,
+            "atomic": False, "error_field": None, "cancel_on": (), "slots": None, "claim_values": None,
+            "next_priority": None,
+            "upkeep": None,
+            **options,
         }  # fmt: skip
         queue = Queue(model, "status", succeed, where="here", **options)
         declared_on(queue.field).append(queue)

@@ -830,10 +830,10 @@ def test_portable_engine_takes_no_row_that_another_was_faster_to_take(monkeypatc
     second = Task.objects.create()
     compare_and_set = base.Engine.compare_and_set
 
-    def overtaken(self, source, candidate, old, new, note=None):
+    def overtaken(self, source, candidate, old, new, **others):
         monkeypatch.setattr(base.Engine, "compare_and_set", compare_and_set)
         Task.objects.filter(pk=candidate.pk).update(status=Status.working(7))
-        return compare_and_set(self, source, candidate, old, new, note)
+        return compare_and_set(self, source, candidate, old, new, **others)
 
     monkeypatch.setattr(base.Engine, "compare_and_set", overtaken)
     assert run(Task.objects, "status", succeed) == second

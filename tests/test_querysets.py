@@ -9,7 +9,7 @@ from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Abort, Retry, State, Status, run, verbs
-from modelqueue.engines import Engine, engine_for
+from modelqueue.engines import Candidate, Engine, engine_for
 from modelqueue.engines.statements import is_plain
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
@@ -498,7 +498,7 @@ def test_rows_of_one_table_are_claimed_at_once(rows, monkeypatch, settings):
         assert [claim.task for claim in claims] == list(expected)
         for claim, task in zip(claims, expected, strict=True):
             lease = Status.working(clock() + MILLISECOND, task.status.attempts)
-            assert claim.row == (task.pk, task.pk, task.status)
+            assert claim.row == Candidate(task.pk, task.pk, task.status)
             assert claim.lease == lease
             assert values(claim.task) == values(rows.get(pk=task.pk)) == {**values(task), "status": lease}
             assert claim.task._state.db == source.using

@@ -515,7 +515,7 @@ def test_action_is_told_of_its_queue(world, declare):
 def test_error_of_the_library_itself_is_raised(world, declare, monkeypatch):
     made = declare(Task, "status", name="tasks")(fail_async)
     Task.objects.create()
-    monkeypatch.setattr("modelqueue.engines.base.Engine.compare_and_set", lambda *args: 1 / 0)
+    monkeypatch.setattr("modelqueue.engines.base.Engine.compare_and_set", lambda *args, **others: 1 / 0)
     monkeypatch.setattr("modelqueue.engines.base.Engine._way_to_claim_at_once", lambda *args: None)
     with pytest.raises(ZeroDivisionError):
         run_one(made, raises=False)

@@ -18,8 +18,9 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from django.db import DatabaseError, models, transaction
@@ -29,6 +30,7 @@ from django.dispatch import Signal
 
 from modelqueue import signals
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
+from modelqueue.claim_values import Values, show
 from modelqueue.clock import now
 from modelqueue.engines import Claim, Place, engine_for
 from modelqueue.fields import is_saved, set_loaded
@@ -243,7 +245,25 @@ class Attempt(Generic[M]):
                     return assigned(self.snapshot.assigned, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
-        return decide(self.lease, self.claim.row.status, error, self.policy, now())
+        return self.placed(decide(self.lease, self.claim.row.status, error, self.policy, now()))
+
+    def placed(self, outcome: Outcome) -> Outcome:
+        """Let the queue choose the priority of a task that is to wait for another attempt.
+
+        If it can not, the attempt has failed, and the task waits under the time of the next one.
+        """
+        choose, task, status = self.policy.next_priority, self.task, outcome.next_attempt
+        if choose is None or task is None or status is None:
+            return outcome
+        _wait_until(status.priority)  # what may run at once is due when the queue is asked
+        try:
+            with transaction.atomic(using=self.source.using) if self.is_outer else nullcontext():
+                priority = choose(task, priority_to_datetime(status.priority) or now())
+            chosen = Status.combine(State.waiting, priority, status.attempts)
+        except BaseException as wrong_priority:  # SystemExit too: the row must not stay working
+            wrong_priority.__cause__ = outcome.error
+            return failed(self.lease, wrong_priority, self.policy, now())
+        return replace(outcome, status=chosen, is_placed=True)
 
     # Record
 
@@ -261,7 +281,7 @@ class Attempt(Generic[M]):
         If the changes can not be saved, the attempt has failed, and that is written without them. An
         error that comes up after the commit, such as Ctrl-C, changes nothing any more.
         """
-        self.keep_leases_unique(outcome)
+        outcome = self.keep_leases_unique(outcome)
         try:
             return outcome, self.write(outcome, self.snapshot)
         except BaseException as error:
@@ -301,7 +321,7 @@ class Attempt(Generic[M]):
         back: that is what the caller has to see, a Ctrl-C above all, and the other error is logged.
         """
         if outcome.raised is None or not isinstance(error, Exception):
-            return failed(self.lease, error, self.policy, now())
+            return self.placed(failed(self.lease, error, self.policy, now()))
         logger.error(
             "%s %s: what the action changed can not be saved.",
             self.source.model._meta.label,
@@ -319,24 +339,37 @@ class Attempt(Generic[M]):
         if self.is_deleted_by_action():
             return False
         changed = [] if snapshot is None else snapshot.changed()
+        before = self.to_put_back(outcome, snapshot)
         if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
             write_status = self.write_status if self.waits else self.write_status_if_free
-            return self.engine.patiently(functools.partial(write_status, outcome), reconnect=True)
+            return self.engine.patiently(functools.partial(write_status, outcome, before), reconnect=True)
         # A save() that is rolled back leaves its traces on the instance; each try begins without them.
         as_left = dict(task.__dict__)
-        write = functools.partial(self.write_task, outcome, task, as_left, changed)
+        write = functools.partial(self.write_task, outcome, before, task, as_left, changed)
         return self.engine.patiently(write, reconnect=True)
 
-    def write_status_if_free(self, outcome: Outcome) -> bool:
+    def to_put_back(self, outcome: Outcome, snapshot: Snapshot | None) -> Values:
+        """Return the values from before the claim that giving the task back restores.
+
+        Of the fields that the claim has set those that the action has not changed: its changes are saved.
+        """
+        if outcome.ending != "release" or not self.claim.row.before:
+            return {}
+        before = self.source.by_field(self.claim.row.before)
+        if snapshot is None:
+            return before
+        return {field: value for field, value in before.items() if snapshot.is_as_claimed(field)}
+
+    def write_status_if_free(self, outcome: Outcome, before: Values) -> bool:
         with self.engine.transaction():
             self.refuse_to_wait()
-            return self.write_status(outcome)
+            return self.write_status(outcome, before)
 
     def refuse_to_wait(self) -> None:
         """Lock the row within the open transaction; raise if somebody else has locked it."""
         self.engine.lock_or_refuse(self.source.owner_rows().filter(pk=self.claim.row.key))
 
-    def write_status(self, outcome: Outcome) -> bool:
+    def write_status(self, outcome: Outcome, before: Values) -> bool:
         column = self.source.error_field
         note = None if column is None else outcome.note
         if column is not None and self.snapshot is not None and note == self.snapshot.known(column):
@@ -344,10 +377,15 @@ class Attempt(Generic[M]):
         held = self.held
         if self.task is not None:
             set_loaded(self.task, self.source.field, outcome.status)
-        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note)
+        return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note, before)
 
     def write_task(
-        self, outcome: Outcome, task: M, as_left: dict[str, Any], changed: list[models.Field[Any, Any]]
+        self,
+        outcome: Outcome,
+        before: Values,
+        task: M,
+        as_left: dict[str, Any],
+        changed: list[models.Field[Any, Any]],
     ) -> bool:
         source, column = self.source, self.source.error_field
         held = self.held
@@ -356,7 +394,9 @@ class Attempt(Generic[M]):
             with self.engine.transaction():
                 if not self.waits:
                     self.refuse_to_wait()
-                if not self.engine.compare_and_set(source, self.claim.row, held, outcome.status):
+                if not self.engine.compare_and_set(
+                    source, self.claim.row, held, outcome.status, others=before
+                ):
                     return False
                 task.__dict__.clear()
                 task.__dict__.update(as_left)
@@ -391,6 +431,8 @@ class Attempt(Generic[M]):
             stored = task.__dict__[self.source.field.attname]
         if task is not None and (exists or not is_written):
             set_loaded(task, self.source.field, stored if exists else self.lease)
+        if task is not None and is_written:
+            show(task, self.to_put_back(outcome, self.snapshot))
         column = self.source.error_field
         if task is not None and column is not None and is_written and outcome.note is not None:
             setattr(task, column.attname, outcome.note)
@@ -416,13 +458,17 @@ class Attempt(Generic[M]):
 
     # End
 
-    def keep_leases_unique(self, outcome: Outcome) -> None:
+    def keep_leases_unique(self, outcome: Outcome) -> Outcome:
         """Wait, a millisecond at most, before a task goes back with an older time than its lease.
 
-        Its next claim stamps the time of then, so that it can not come out as the same lease.
+        Its next claim stamps the time of then, so that it can not come out as the same lease. If that time is
+        far, as the clock was set back, the task waits for it, whatever priority its queue has chosen.
         """
         if outcome.status is not None and outcome.status.priority < self.lease.priority:
-            _wait_until(self.lease.priority)
+            has_come = _wait_until(self.lease.priority)
+            if outcome.is_placed and not has_come:
+                return replace(outcome, is_placed=False).not_before(self.lease)
+        return outcome
 
     def let_its_time_come(self, outcome: Outcome) -> None:
         """Wait, a millisecond at most, for the time just written, so that the next call finds it due."""
@@ -728,10 +774,11 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
     return None
 
 
-def _wait_until(priority: int) -> None:
-    """Wait for the time that a priority spells if it is about to come, and not for any other."""
+def _wait_until(priority: int) -> bool:
+    """Wait for the time that a priority spells if it is about to come; return whether it has come."""
     moment = priority_to_datetime(priority)
     for _ in range(_LOOKS):
         if moment is None or not ZERO_SECS < moment - now() < _SOON:
             break
         time.sleep(0.0001)
+    return moment is None or moment <= now()

@@ -165,6 +165,12 @@ class Snapshot:
         """What may stand in the row while the task is ours. Both, as a rollback can escape Django."""
         return {self._lease, self.written}
 
+    def is_as_claimed(self, field: models.Field[Any, Any]) -> bool:
+        """Say whether the instance still shows what it did after the claim."""
+        now, claimed = self._instance.__dict__, self._layers[0][1]
+        name = field.attname
+        return name not in now or not _differs(claimed.get(name, _UNREAD), now[name])
+
     def changed(self) -> Fields:
         """Return the fields that the action changed, the status field left out.
 

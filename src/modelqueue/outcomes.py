@@ -12,8 +12,9 @@ import datetime as dt
 import functools
 import inspect
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from modelqueue import backoff
 from modelqueue.backoff import Delay
@@ -23,6 +24,7 @@ from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_in
 __all__ = [
     "GIVEN_BACK",
     "Ending",
+    "NextPriority",
     "Outcome",
     "Policy",
     "assigned",
@@ -40,6 +42,9 @@ the task is given back uncharged (``release``)."""
 #: What is no failure of an action but comes from outside, so that it is not charged.
 GIVEN_BACK = (asyncio.CancelledError, Interrupted)
 
+#: The priority of a task's next attempt, chosen by its queue; gets the task and the time of that attempt.
+NextPriority = Callable[[Any, dt.datetime], "int | dt.datetime"]
+
 _FACTORIES = (backoff.exponential, backoff.fixed, backoff.linear)
 ERROR_LIMIT = 10_000
 MOST_RETRIES = Status.max_attempts - 1
@@ -56,6 +61,8 @@ class Policy:
     """How long a claim holds without being renewed; None: for the timeout, as nobody renews it."""
     cancel_on: tuple[type[BaseException], ...] = ()
     """Exceptions of the action after which there is no further attempt."""
+    next_priority: NextPriority | None = None
+    """What chooses the priority of the next attempt; None: it is the time of that."""
 
     @classmethod
     def of(cls, retry: int | None, timeout: dt.timedelta, delay: Delay) -> Policy:
@@ -143,6 +150,14 @@ class Outcome:
     status: Status | None
     """The status to record; None takes the row out of the queue."""
     error: BaseException | None = None
+    is_placed: bool = False
+    """Has the queue chosen the priority, see `Policy.next_priority`? It may be below that of the lease."""
+
+    @property
+    def next_attempt(self) -> Status | None:
+        """The waiting status, if the task waits again because of how the attempt ended."""
+        is_waiting = self.status is not None and self.status.state == State.waiting
+        return self.status if is_waiting and self.ending in ("retry", "abort", "fail") else None
 
     @property
     def raised(self) -> BaseException | None:
@@ -152,7 +167,8 @@ class Outcome:
     def not_before(self, lease: Status) -> Outcome:
         """Return the same for a lease that was renewed since this was decided: stamped no earlier."""
         status = self.status
-        if self.ending in ("assign", "release") or status is None or status.priority >= lease.priority:
+        is_chosen = self.is_placed or self.ending in ("assign", "release")
+        if is_chosen or status is None or status.priority >= lease.priority:
             return self
         return replace(self, status=Status.combine(status.state, lease.priority, status.attempts))
 

@@ -29,9 +29,10 @@ from django.utils.module_loading import autodiscover_modules
 from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
+from modelqueue.claim_values import ClaimValues, Given, show
 from modelqueue.engines import Claim, engine_for
 from modelqueue.execution import Work, arun_next, begin_next, is_async, refuse_atomic_async, run_next
-from modelqueue.fields import StatusField, declared_on
+from modelqueue.fields import StatusField, declared_on, set_loaded
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source, Tasks
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, StateLike, Status
@@ -79,7 +80,12 @@ class Queue(Generic[M]):
         self.where = where
         self.lease = _checked_lease(options["lease"])
         policy = Policy.of(options["retry"], options["timeout"], options["delay"])
-        self.policy = replace(policy, lease=self.lease, cancel_on=_checked_classes(options["cancel_on"]))
+        self.policy = replace(
+            policy,
+            lease=self.lease,
+            cancel_on=_checked_classes(options["cancel_on"]),
+            next_priority=_checked_hook("next_priority", options["next_priority"], "a task", "a time"),
+        )
         self.atomic: bool = _checked_bool("atomic", options["atomic"])
         self.slots = _checked_slots(options["slots"])
         self.error_field: str | None = options["error_field"]
@@ -91,8 +97,15 @@ class Queue(Generic[M]):
             )
         self.field = source.field
         self.model = source.model
+        self.upkeep: Callable[[], object] | None = _checked_hook("upkeep", options["upkeep"])
+        claim_values: Given | None = options["claim_values"]
+        if callable(claim_values):
+            _checked_hook("claim_values", claim_values)
+        self.claim_values = (
+            None if claim_values is None else ClaimValues(claim_values, self.model, self.field)
+        )
         self.is_async = is_async(action)
-        _check_call(action)
+        _check_call(f"The action {action!r}", action, "a task alone")
         refuse_atomic_async(action, self.atomic)
         self.name = _checked_name(options["name"]) or _default_name(action, self.model)
 
@@ -121,7 +134,7 @@ class Queue(Generic[M]):
         return rows
 
     def source(self) -> Source[M]:
-        return Source.of(self.rows(), self.field.name, self.error_field)
+        return Source.of(self.rows(), self.field.name, self.error_field, self.claim_values)
 
     @property
     def using(self) -> str:
@@ -148,12 +161,24 @@ class Queue(Generic[M]):
         attempt.queue = self
         return attempt
 
+    def keep_up(self) -> None:
+        """Do the upkeep of the queue, as a worker does each second; raises what it raises."""
+        if self.upkeep is not None:
+            self.upkeep()
+
     # The verbs
 
     def enqueue(
         self, tasks: Tasks[M] | M | None = None, at: dt.datetime | None = None, priority: int | None = None
     ) -> int:
-        """Make tasks waiting, see `modelqueue.enqueue`; return how many."""
+        """Make tasks waiting, see `modelqueue.enqueue`; return how many.
+
+        The priority of a single instance, given without `at` and `priority`, is chosen by `next_priority`,
+        if the queue has that.
+        """
+        choose = self.policy.next_priority
+        if choose is not None and isinstance(tasks, models.Model) and at is None and priority is None:
+            return verbs.enqueue_placed(tasks, self.field.name, choose)
         return verbs.enqueue(self.rows() if tasks is None else tasks, self.field.name, at, priority)
 
     def run(self) -> M | None:
@@ -214,8 +239,12 @@ class Queue(Generic[M]):
         claim: Claim[M] | None = task.__dict__.get(_CLAIM)
         if claim is None:
             raise ValueError(f"{task!r} was not claimed by Queue.claim(), or is given back already.")
-        was_ours = verbs.release(self.source(), claim.row, {claim.lease})
+        source = self.source()
+        was_ours = verbs.release(source, claim.row, {claim.lease})
         del task.__dict__[_CLAIM]
+        if was_ours:
+            set_loaded(task, self.field, claim.row.status)
+            show(task, source.by_field(claim.row.before))
         return was_ours
 
     def tally(self) -> dict[str, int]:
@@ -273,6 +302,9 @@ def queue(
     error_field: str | None = None,
     cancel_on: type[BaseException] | tuple[type[BaseException], ...] = (),
     slots: int | None = None,
+    claim_values: Given | None = None,
+    next_priority: Callable[[M, dt.datetime], int | dt.datetime] | None = None,
+    upkeep: Callable[[], object] | None = None,
 ) -> Callable[[Callable[[M], object]], Queue[M]]:
     """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
 
@@ -293,6 +325,14 @@ def queue(
         cancel_on: an exception, or a tuple of them, after which there is no further attempt.
         slots: how many of its tasks a worker process runs at a time, 1 or more. None: as many as it has
             threads, or 100 of an ``async def``.
+        claim_values: further fields that a claim sets, in the statement that sets the status: a dict of
+            values by field name, or a callable without arguments that returns one, called once for each
+            claim. A task that is given back uncharged gets back what it had before.
+        next_priority: a callable (task, time) -> int or datetime that chooses the priority under which a task
+            waits for its next attempt, instead of the time from which that may be made. Also called by
+            `Queue.enqueue` of an instance. A number below all times is due at once.
+        upkeep: a callable without arguments that each worker calls when it starts, and every second as long
+            as it serves the queue.
 
     Raises:
         TypeError, ValueError: what can not be declared, and what to do about it.
@@ -314,6 +354,9 @@ def queue(
             error_field=error_field,
             cancel_on=cancel_on,
             slots=slots,
+            claim_values=claim_values,
+            next_priority=next_priority,
+            upkeep=upkeep,
         )
         _register(declared)
         return declared
@@ -407,14 +450,28 @@ def _checked_slots(slots: object) -> int | None:
     return slots
 
 
-def _check_call(action: Callable[..., object]) -> None:
+def _checked_hook(name: str, hook: Any, *arguments: str) -> Any:
+    """Return a hook, or None; raise if it can not be called with these."""
+    if hook is None:
+        return None
+    if not callable(hook):
+        raise TypeError(f"{name} is a callable that gets {_in_words(arguments)}, not {hook!r}.")
+    if inspect.iscoroutinefunction(hook):
+        raise TypeError(f"{name}={hook!r} is an async function, which nobody awaits. Use def.")
+    _check_call(f"{name}={hook!r}", hook, *arguments)
+    return hook
+
+
+def _check_call(what: str, function: Callable[..., object], *arguments: str) -> None:
     try:
-        signature = inspect.signature(action)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # of some builtins nobody knows it
         return
     try:
-        signature.bind(None)
+        signature.bind(*arguments)
     except TypeError as error:
-        raise TypeError(
-            f"The action {action!r} can not be called with a task alone: {error}. It gets one argument."
-        ) from None
+        raise TypeError(f"{what} can not be called with {_in_words(arguments)}: {error}.") from None
+
+
+def _in_words(arguments: tuple[str, ...]) -> str:
+    return " and ".join(arguments) or "no arguments"

@@ -8,8 +8,9 @@ queryset is of a kind from which rows can be claimed.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from itertools import islice
 from typing import Any, Generic, TypeVar, Union, cast
 
@@ -18,6 +19,7 @@ from django.db import models
 from django.db.models import F
 from django.db.models.query import ModelIterable
 
+from modelqueue.claim_values import ClaimValues, Values
 from modelqueue.fields import ErrorField, StatusField, make_watchable
 from modelqueue.status import State, Status
 
@@ -38,9 +40,19 @@ class Source(Generic[M]):
     field: models.Field[Any, Any]
     using: str
     error_field: models.Field[Any, Any] | None = None
+    claim_values: ClaimValues | None = None
+    """What a claim sets besides the status, if anything."""
+    sets: Values = dataclass_field(default_factory=dict)
+    """The values of the claim that is under way, see `for_a_claim`."""
 
     @classmethod
-    def of(cls, queryset: Tasks[M], field: str, error_field: str | None = None) -> Source[M]:
+    def of(
+        cls,
+        queryset: Tasks[M],
+        field: str,
+        error_field: str | None = None,
+        claim_values: ClaimValues | None = None,
+    ) -> Source[M]:
         """Check a queryset (or manager) and the names of its status field and error field.
 
         Raises:
@@ -61,7 +73,23 @@ class Source(Generic[M]):
         error = None if error_field is None else _error_field(rows.model, error_field)
         status = status_field(rows.model, field)
         make_watchable(rows.model)
-        return cls(rows, status, rows.db, error)
+        return cls(rows, status, rows.db, error, claim_values)
+
+    def for_a_claim(self) -> Source[M]:
+        """Return the source with the values that one claim sets, the same for all of its tasks."""
+        return self if self.claim_values is None else replace(self, sets=self.claim_values.ask())
+
+    @property
+    def names_set(self) -> list[str]:
+        """Names of the fields that the claim under way sets, all of them in the owner's table."""
+        return [field.attname for field in self.sets]
+
+    def by_field(self, values: Mapping[str, Any] | None) -> Values:
+        """Return values by the fields of the owner that have these names."""
+        if not values:
+            return {}
+        fields = {field.attname: field for field in self.owner._meta.concrete_fields}
+        return {fields[name]: value for name, value in values.items()}
 
     @property
     def model(self) -> type[M]:

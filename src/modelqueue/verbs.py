@@ -22,7 +22,7 @@ from modelqueue import outcomes, signals
 from modelqueue.clock import now
 from modelqueue.engines import Candidate, Claim, Renewal, Verdict, engine_for
 from modelqueue.fields import set_loaded
-from modelqueue.outcomes import Policy
+from modelqueue.outcomes import NextPriority, Policy
 from modelqueue.source import (
     Source,
     Tasks,
@@ -43,7 +43,7 @@ logger = logging.getLogger("modelqueue")
 
 def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
     """Take up to `limit` due tasks for this worker, see `Engine.claim`."""
-    return engine_for(source.using).claim(source, now, limit)
+    return engine_for(source.using).claim(source.for_a_claim(), now, limit)
 
 
 def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
@@ -100,7 +100,7 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
 
 
 def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
-    """Give a claimed task back uncharged: it waits as it did before the claim.
+    """Give a claimed task back uncharged: it waits as it did before the claim, and what that set is undone.
 
     Args:
         row: as it was before the claim.
@@ -115,9 +115,9 @@ def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
         if time.monotonic() > deadline:  # the clock was set back: left to its recovery
             return False
         time.sleep(0.0005)  # so that its next claim gets another lease
-    engine = engine_for(source.using)
+    engine, before = engine_for(source.using), source.by_field(row.before)
     return engine.patiently(
-        lambda: engine.compare_and_set(source, row, {*leases}, row.status), reconnect=True
+        lambda: engine.compare_and_set(source, row, {*leases}, row.status, others=before), reconnect=True
     )
 
 
@@ -347,14 +347,31 @@ def enqueue(
         raise TypeError(f"enqueue(): priority is an int, not {priority!r}. For a time use at.")
     moment = now()
     status = Status.waiting(at if at is not None else priority if priority is not None else moment)
-    rows = _rows_to_enqueue(queryset_or_instance)
-    column = status_field(rows.model, field)
-
     if at is None and priority is None:
-        movable = enqueueable(column.name, moment)
+        movable = enqueueable(field, moment)
     else:
-        movable = _not_waiting(column.name) | _in_states(column.name, State.waiting)
+        movable = _not_waiting(field) | _in_states(field, State.waiting)
+    rows = _rows_to_enqueue(queryset_or_instance)
+    return _make_waiting(rows, queryset_or_instance, field, status, movable)
 
+
+def enqueue_placed(instance: models.Model, field: str, choose: NextPriority) -> int:
+    """Make a task waiting from now on, as `enqueue` does, under the priority that its queue chooses.
+
+    Returns:
+        1, or 0 if the task was left alone.
+
+    Raises:
+        TypeError, ValueError: no priority was chosen, or as `enqueue`.
+        Exception: what `choose` raised.
+    """
+    rows, moment = _rows_to_enqueue(instance), now()
+    status = Status.combine(State.waiting, choose(instance, moment), 0)
+    return _make_waiting(rows, instance, field, status, enqueueable(field, moment))
+
+
+def _make_waiting(rows: models.QuerySet[Any], given: object, field: str, status: Status, movable: Q) -> int:
+    column = status_field(rows.model, field)
     engine = engine_for(rows.db)
 
     def move() -> int:
@@ -365,8 +382,8 @@ def enqueue(
             return sum(part.filter(movable).update(**{column.name: status}) for part in parts)
 
     count = engine.patiently(move)
-    if count and isinstance(queryset_or_instance, models.Model):
-        set_loaded(queryset_or_instance, column, status)
+    if count and isinstance(given, models.Model):
+        set_loaded(given, column, status)
     return count
 
 

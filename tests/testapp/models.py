@@ -212,6 +212,24 @@ class TextTask(models.Model):
     status = modelqueue.StatusField()
 
 
+class Shift(models.Model):
+    """A task in which its claims are entered: by which worker, and since when."""
+
+    worker = models.CharField(max_length=20, blank=True)
+    began = models.DateTimeField(null=True)
+    facts = models.JSONField(default=dict)
+    badge = models.BinaryField(default=b"")
+    project = models.ForeignKey(Project, models.SET_NULL, null=True)
+    status = modelqueue.StatusField()
+    error = modelqueue.ErrorField()
+
+
+class NightShift(Shift):
+    """What its claims set is in the table of the parent, as the status is."""
+
+    lamps = models.IntegerField(default=0)
+
+
 if hasattr(models, "CompositePrimaryKey"):  # Django 5.2
 
     class CompositeTask(models.Model):

@@ -86,6 +86,20 @@ class TaskAdmin(admin.ModelAdmin[Task]):
 def hash_data(task: Task) -> None: ...
 
 
+def choose(task: Task, moment: dt.datetime) -> int | dt.datetime:
+    return moment if task.data else 5
+
+
+@modelqueue.queue(Task, "status", next_priority=choose, claim_values=lambda: {"data": "alpha"})
+def enter(task: Task) -> None: ...
+
+
+modelqueue.queue(Task, "status", claim_values={"data": "alpha"})
+modelqueue.queue(Task, "status", claim_values="data")  # type: ignore[arg-type]
+modelqueue.queue(Task, "status", next_priority=make_thumbnail)  # type: ignore[arg-type]
+modelqueue.queue(Task, "status", upkeep=Task.objects.all().delete)
+modelqueue.queue(Task, "status", upkeep=make_thumbnail)  # type: ignore[arg-type]
+
 assert_type(testing.run_one(hash_data), testing.Ran[Task] | None)
 testing.drain(hash_data, raises=False)
 testing.run_until(dt.timedelta(hours=1), hash_data)

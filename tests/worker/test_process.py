@@ -19,7 +19,7 @@ from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
-from tests.actions import SECOND, heard, stored, succeed, unexpected
+from tests.actions import SECOND, heard, row, stored, succeed, unexpected
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Job, Ledger, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
@@ -101,6 +101,18 @@ def test_tasks_are_run_until_there_are_none_and_reported(start):
     wait_until(is_done)
     assert process.ended() == {"finish": 1, "fail": 4}
     assert stored(errands[0]).state == State.finished
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_task_that_failed_waits_under_the_priority_that_its_queue_chooses(atomic, start, declare):
+    def fail(task):
+        raise ValueError("no")
+
+    options = {"retry": 1, "atomic": atomic, "next_priority": lambda task, moment: 10**17 - 1}  # never due
+    declare(Task, "status", name="tasks", **options)(fail)
+    task = Task.objects.create()
+    start("tasks")
+    wait_until(lambda: stored(task) == Status.waiting(10**17 - 1, 1))
 
 
 def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
@@ -331,6 +343,32 @@ def test_what_can_not_be_interrupted_is_left_to_the_supervisor(start, monkeypatc
     assert left.leases == {stored(task)}
     assert start.exits == [0]
     go_on.set()
+
+
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_what_a_claim_has_set_is_put_back_with_the_status(is_interrupted, start, monkeypatch, declare):
+    """By the process itself or, where it can not interrupt the action, by the supervisor."""
+    monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
+    if not is_interrupted:
+        monkeypatch.setattr("modelqueue.worker.threads.interrupt_thread", lambda *arguments: None)
+    may_go_on = threading.Event()
+
+    def hang(task):
+        while not may_go_on.is_set():
+            time.sleep(0.01)
+
+    queue = declare(Task, "status", name="tasks", claim_values=lambda: {"data": "by alpha"})(hang)
+    task = Task.objects.create(status=Status.waiting(5), data="old")
+    process = start("tasks")
+    wait_until(lambda: stored(task).state == State.working)
+    assert row(task).data == "by alpha"
+    time.sleep(0.1)
+    process.stop(0.1)
+    if not is_interrupted:
+        [[left]] = process.wait_for("left")
+        assert verbs.release(queue.source(), left.row, left.leases)
+    may_go_on.set()
+    assert (stored(task), row(task).data) == (Status.waiting(5), "old")
 
 
 def test_process_stops_in_order_when_its_supervisor_is_gone(start):

@@ -22,6 +22,7 @@ import datetime as dt
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -34,10 +35,11 @@ from django.db.models.functions import Greatest
 from django.db.utils import Error
 
 from modelqueue import conf
+from modelqueue.claim_values import Values, show
 from modelqueue.clock import Clock
 from modelqueue.engines.claims import Candidate, Claim, Overtaken, Renewal, Verdict, lease_at
 from modelqueue.engines.sessions import RowLocked, Session
-from modelqueue.engines.statements import is_one_of, placeholders, update_of_row
+from modelqueue.engines.statements import is_one_of, params_of, placeholders, update_of_row
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
 from modelqueue.status import Status, priority_to_datetime
@@ -72,7 +74,9 @@ class Engine(Session):
         One row must not block the others: one that can not be loaded is claimed all the same, see
         `Claim.error`; one that a constraint of its table keeps from working is passed over.
         """
-        at_once = None if conf.get("ENGINE") == "portable" else self._way_to_claim_at_once(source)
+        at_once = None
+        if conf.get("ENGINE") != "portable" and not any(map(_puts_sql_around_values, source.sets)):
+            at_once = self._way_to_claim_at_once(source)
         if at_once is not None:
             try:
                 return self.patiently(partial(at_once, source, clock, limit))
@@ -136,7 +140,8 @@ class Engine(Session):
     ) -> list[Claim[M]]:
         claims: list[Claim[M]] = []
         with self.transaction():
-            for row in self._lock(source, candidates):
+            for row in self._lock(replace(source, sets={}), candidates):
+                row = self._read_before(source, row)
                 task = self._load_one(source, row)
                 try:
                     with transaction.atomic(using=self.using):
@@ -165,11 +170,12 @@ class Engine(Session):
         if waiting_since is not None and waiting_since > moment:
             moment = waiting_since
         lease = lease_at(moment, row.status.attempts)
-        if not self.compare_and_set(source, row, [row.status], lease):
+        if not self.compare_and_set(source, row, [row.status], lease, others=source.sets):
             return None
         if isinstance(loaded, Exception):
             return Claim(row, lease, None, loaded)
         set_loaded(loaded, source.field, lease)
+        show(loaded, source.sets)
         return Claim(row, lease, loaded)
 
     # Renewal
@@ -289,21 +295,24 @@ class Engine(Session):
         old: Collection[Status | None],
         new: Status | None,
         note: str | None = None,
+        others: Values | None = None,
     ) -> bool:
         """Set the status of a row to `new` if it is one of `old`; return whether it was.
 
         Args:
             note: text for the source's error field, written together with the status; None to
                 leave it as it is.
+            others: values of further fields in the owner's table, set by the same statement.
         """
+        values = {source.field: new, **(others or {})}
         error = None if note is None else source.error_field
         if error is None or source.has_error_field_elsewhere:
             with transaction.atomic(using=self.using) if error is not None else nullcontext():
-                was_old = self._update(source, row, old, {source.field: new})
+                was_old = self._update(source, row, old, values)
                 if was_old and error is not None:
                     source.rows().filter(pk=row.pk).update(**{error.name: note})
             return was_old
-        return self._update(source, row, old, {source.field: new, error: note})
+        return self._update(source, row, old, {**values, error: note})
 
     def _update(
         self,
@@ -320,17 +329,19 @@ class Engine(Session):
             return bool(cursor.rowcount == 1)
 
     def _set_leases(self, source: Source[Any], rows: Collection[Candidate], lease: Status) -> None:
-        """Compare and set locked rows at once, or none."""
+        """Compare and set locked rows at once, or none, with what the claim sets besides."""
         quote, meta = self.connection.ops.quote_name, source.owner._meta
         table, key, status = map(quote, (meta.db_table, str(meta.pk.column), str(source.field.column)))
         statuses = {row.status for row in rows}
+        others = "".join([f", {quote(str(field.column))} = %s" for field in source.sets])
         sql = (
-            f"UPDATE {table} SET {status} = %s + {status} %% 10 "  # noqa: S608
+            f"UPDATE {table} SET {status} = %s + {status} %% 10{others} "  # noqa: S608
             f"WHERE {key} IN ({placeholders(rows)}) AND {status} IN ({placeholders(statuses)})"
         )
-        keys = [meta.pk.get_db_prep_save(row.key, self.connection) for row in rows]
+        keys = params_of([(meta.pk, row.key) for row in rows], self.connection)
+        values = params_of(source.sets.items(), self.connection)
         with self.connection.cursor() as cursor:
-            cursor.execute(sql, (int(lease), *keys, *map(int, statuses)))
+            cursor.execute(sql, (int(lease), *values, *keys, *map(int, statuses)))
             if cursor.rowcount != len(rows):
                 raise Overtaken
 
@@ -395,9 +406,26 @@ class Engine(Session):
         """
         keys = [row.key for row in candidates]
         rows = self._locked(source, source.owner_rows().filter(pk__in=keys))
-        held = dict(rows.values_list("pk", source.field.name))
-        free = [row for row in candidates if held.get(row.key) == row.status]
+        names = source.names_set
+        held = {key: found for key, *found in rows.values_list("pk", source.field.name, *names)}
+        free = [row for row in candidates if row.key in held and held[row.key][0] == row.status]
+        if names:
+            free = [row.as_set(names, held[row.key][1:]) for row in free]
         return self._lock_errors(source, free) if with_error_field else free
+
+    def _read_before(self, source: Source[M], row: Candidate) -> Candidate:
+        """Return a locked row with what it holds in the fields that the claim sets, if that can be read."""
+        names = source.names_set
+        if not names:
+            return row
+        try:
+            with transaction.atomic(using=self.using):
+                (values,) = source.owner_rows().filter(pk=row.key).values_list(*names)
+        except Exception as error:
+            if self.is_of_the_database_itself(error):
+                raise
+            return row
+        return row.as_set(names, values)
 
     def _lock_errors(self, source: Source[M], candidates: list[Candidate]) -> list[Candidate]:
         """Lock the rows of the error field where they are in another table; return the free candidates."""

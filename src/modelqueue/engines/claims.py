@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,6 +25,12 @@ class Candidate(NamedTuple):
     #: Its primary key in the owner's table, see `Source.owner`.
     key: Any
     status: Status
+    #: What stood in the fields that its claim has set, by their names; what could not be read is left out.
+    before: dict[str, Any] | None = None
+
+    def as_set(self, names: Iterable[str], values: Iterable[Any]) -> Candidate:
+        """Return the row with what stood in the fields that its claim sets."""
+        return self._replace(before=dict(zip(names, values, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@
         SELECT ... WHERE status is waiting and due ORDER BY status, pk LIMIT n
         FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE tasks SET status = lease FROM picked
+    UPDATE tasks SET status = lease, ... FROM picked
     WHERE tasks.pk = picked.pk AND tasks.status = picked.status RETURNING ...
+
+What a claim sets besides the status (`modelqueue.claim_values`) is set there, too. What stood there before
+comes back by way of ``picked``, as RETURNING gives the new row.
 
 Tasks that are more or less than a row of one table are locked by such a SELECT, loaded, and then updated
 together, in one transaction.
@@ -31,6 +34,7 @@ from django.db import models
 from django.db.backends.utils import CursorWrapper
 from django.db.utils import Error
 
+from modelqueue.claim_values import show
 from modelqueue.clock import Clock
 from modelqueue.engines import prepared
 from modelqueue.engines.base import Engine, WayToClaim
@@ -39,7 +43,9 @@ from modelqueue.engines.statements import (
     columns_of,
     has_composite_key,
     is_plain,
+    key_names,
     once,
+    params_of,
     select_keys,
 )
 from modelqueue.fields import set_loaded
@@ -58,10 +64,10 @@ _IDLE = 0
 _ABORTED = 3
 
 _CLAIM = """
-WITH modelqueue_picked (pk, status) AS MATERIALIZED ({keys} FOR NO KEY UPDATE SKIP LOCKED)
-UPDATE {table} SET {status} = %s + modelqueue_picked.status %% 10 FROM modelqueue_picked
+WITH modelqueue_picked (pk, status{names}) AS MATERIALIZED ({keys} FOR NO KEY UPDATE SKIP LOCKED)
+UPDATE {table} SET {status} = %s + modelqueue_picked.status %% 10{sets} FROM modelqueue_picked
 WHERE {table}.{key} = modelqueue_picked.pk AND {table}.{status} = modelqueue_picked.status
-RETURNING modelqueue_picked.pk, modelqueue_picked.status, {columns}
+RETURNING modelqueue_picked.pk, modelqueue_picked.status{before}, {columns}
 """
 
 
@@ -77,7 +83,8 @@ class PostgreSQLEngine(Engine):
         """Claim tasks that are rows of one table: the statement returns all there is of them."""
         moment, columns = clock(), columns_of(source)
         keys = select_keys(source, moment, limit)
-        params = (*keys.params, int(lease_at(moment)))
+        names, values_set = source.names_set, params_of(source.sets.items(), self.connection)
+        params = (*keys.params, int(lease_at(moment)), *values_set)
         # Inside a transaction of the caller a savepoint, so that it can go on after an error.
         own = self.transaction() if self.is_inside_transaction() else nullcontext()
         with own, self.connection.cursor() as cursor:
@@ -91,13 +98,20 @@ class PostgreSQLEngine(Engine):
         claims: list[Claim[M]] = []
         for key, number, *values in _in_order(rows):
             pk, status = columns.key(key), Status(number)
-            claims.append(columns.claim(source, Candidate(pk, pk, status), _lease(moment, status), values))
+            before = columns.before(names, values) if names else None
+            row = Candidate(pk, pk, status, before)
+            claims.append(columns.claim(source, row, _lease(moment, status), values[len(names) :]))
         return claims
 
     def _claim_sql(self, source: Source[Any], keys: str, columns: str) -> str:
         quote = self.connection.ops.quote_name
+        set_columns = [quote(str(field.column)) for field in source.sets]
+        before = [f"before_{number}" for number in range(len(set_columns))]
         return _CLAIM.format(
+            names="".join(f", {name}" for name in before),
             keys=keys,
+            sets="".join(f", {column} = %s" for column in set_columns),
+            before="".join(f", modelqueue_picked.{name}" for name in before),
             table=quote(source.owner._meta.db_table),
             status=quote(str(source.field.column)),
             key=quote(str(source.owner._meta.pk.column)),
@@ -121,6 +135,7 @@ class PostgreSQLEngine(Engine):
                 for row in loaded:
                     lease = _lease(moment, row.status)
                     set_loaded(tasks[row.pk], source.field, lease)
+                    show(tasks[row.pk], source.sets)
                     claims.append(Claim(row, lease, tasks[row.pk]))
         return claims
 
@@ -130,8 +145,12 @@ class PostgreSQLEngine(Engine):
         with self.connection.cursor() as cursor:
             cursor.execute(sql, keys.params)
             rows = keys.converted(cursor.fetchall())
-        picked = [Candidate(pk, key[0] if key else pk, Status(status)) for pk, *key, status in rows]
-        return list(dict.fromkeys(picked))
+        place, names = len(key_names(source)), source.names_set
+        picked = {}
+        for values in rows:  # a join may have picked a row several times
+            row = Candidate(values[0], values[place - 1], Status(values[place]))
+            picked[row] = row.as_set(names, values[place + 1 :]) if names else row
+        return list(picked.values())
 
     def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
         prepared.execute(self.connection, cursor, sql, params)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from django.db import models, transaction
 from django.db.utils import Error
 
+from modelqueue.claim_values import show
 from modelqueue.clock import Clock
 from modelqueue.engines.base import MOST_KEYS, Engine, WayToClaim
 from modelqueue.engines.claims import Candidate, Claim, lease_at
@@ -66,6 +67,8 @@ class SQLiteEngine(Engine):
             return []
         columns = columns_of(source)
         key, status = (columns.names.index(field.attname) for field in (source.model._meta.pk, source.field))
+        names = source.names_set
+        places = [columns.names.index(name) for name in names]
         claims: list[Claim[M]] = []
         with self.transaction():
             self.take_write_lock(source.field)
@@ -73,7 +76,11 @@ class SQLiteEngine(Engine):
             for row in self._rows(select_tasks(source, moment, limit)):
                 pk, before = columns.key(row[key]), Status(row[status])
                 lease = lease_at(moment, before.attempts)
-                claims.append(columns.claim(source, Candidate(pk, pk, before), lease, row))
+                found = columns.before(names, [row[place] for place in places]) if names else None
+                claim = columns.claim(source, Candidate(pk, pk, before, found), lease, row)
+                if claim.task is not None:
+                    show(claim.task, source.sets)
+                claims.append(claim)
             picked = iter([claim.row for claim in claims])
             while part := list(islice(picked, MOST_KEYS)):
                 self._set_leases(source, part, lease_at(moment))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +36,7 @@ __all__ = [
     "is_plain",
     "key_names",
     "once",
+    "params_of",
     "placeholders",
     "select_keys",
     "select_tasks",
@@ -104,13 +106,14 @@ class Selection:
 
 
 def select_keys(source: Source[Any], now: dt.datetime, limit: int) -> Selection:
-    """Select the keys and the statuses of up to `limit` due tasks, see `key_names`."""
-    names = key_names(source)
+    """Select the keys (see `key_names`), the statuses and what the claim sets of up to `limit` due tasks."""
+    names_set = source.names_set
 
     def make() -> Selection:
-        return _selection(source.due(now).values_list(*names, source.field.name)[:limit], source)
+        names = [*key_names(source), source.field.name, *names_set]
+        return _selection(source.due(now).values_list(*names)[:limit], source)
 
-    return _for_the_moment(source, now, ("keys", limit), make)
+    return _for_the_moment(source, now, ("keys", limit, *names_set), make)
 
 
 def key_names(source: Source[Any]) -> list[str]:
@@ -172,15 +175,29 @@ class Columns(Generic[M]):
         set_loaded(task, source.field, lease)
         return Claim(row, lease, task)
 
+    def before(self, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any] | None:
+        """Make Python's values of the first of these, those in the columns that a claim sets.
+
+        What can not be read is left out, as the row is claimed already.
+        """
+        known = {}
+        for name, value in zip(names, values, strict=False):
+            with suppress(Exception):  # of the field
+                known[name] = self._converted(value, self._converters.get(self.names.index(name)))
+        return known or None
+
     def key(self, value: Any) -> Any:
         """Make Python's value of a primary key of that of the database; the same if that can not be done."""
-        if self._key is None:
-            return value
         try:
-            ((key,),) = self._compiler.apply_converters([(value,)], {0: self._key})
+            return self._converted(value, self._key)
         except Exception:  # the row is claimed already
             return value
-        return key
+
+    def _converted(self, value: Any, converters: Any) -> Any:
+        if converters is None:
+            return value
+        ((made,),) = self._compiler.apply_converters([(value,)], {0: converters})
+        return made
 
     def instance(self, values: Sequence[Any]) -> M:
         """Make an instance as a queryset would; raises what the model or one of its fields raises."""
@@ -218,4 +235,11 @@ def update_of_row(
     sql = once(connection, ("update", source.field, *values, len(held), may_be_null), make)
     params = [*values.items(), *zip(keys, row.key if len(keys) > 1 else [row.key], strict=True)]
     params += [(source.field, status) for status in held]
-    return sql, [field.get_db_prep_save(value, connection) for field, value in params]
+    return sql, params_of(params, connection)
+
+
+def params_of(
+    values: Iterable[tuple[models.Field[Any, Any], Any]], connection: BaseDatabaseWrapper
+) -> list[Any]:
+    """Return what is sent to the database for values of fields."""
+    return [field.get_db_prep_save(value, connection) for field, value in values]

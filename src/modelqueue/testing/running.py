@@ -104,6 +104,7 @@ def run_until(
 
     The clock is moved to each next task that is scheduled, that waits for another attempt, or whose worker
     has died, and at last to `when`. Inside `travel` it stays there; else it goes back to the present.
+    Before that the `upkeep` of each queue is called, once, and not for each second of that time.
 
     Args:
         when: a time (a naive one is UTC), or how long from now.
@@ -120,6 +121,7 @@ def run_until(
             raise ValueError(
                 f"run_until({when!r}): that time is over, it is {now()}. Begin earlier with travel()."
             )
+        run.keep_up()
         run.run_up_to(until, clock)
         if now() < until:
             clock.move(until)
@@ -129,7 +131,7 @@ def run_until(
 def run_to_end(*queues: Queue[Any], raises: bool = True, limit: int = DEFAULT_LIMIT) -> list[Ran[Any]]:
     """Run tasks until none waits any more, each at its time; return the attempts in their order.
 
-    As `run_until` a time that is far enough; inside `travel` the clock stays at the last task. One whose
+    As `run_until` a time that is far enough; inside `travel` the clock stays at the last task. A task whose
     time is the end of the calendar, as after a delay of `datetime.timedelta.max`, is left alone.
 
     Args:
@@ -140,6 +142,7 @@ def run_to_end(*queues: Queue[Any], raises: bool = True, limit: int = DEFAULT_LI
     """
     run = _Run("run_to_end", queues, raises, limit)
     with moving_clock() as clock, as_in_autocommit():
+        run.keep_up()
         run.run_up_to(_NEVER, clock)
     return run.attempts
 
@@ -159,6 +162,10 @@ class _Run:
         self.raises = raises
         self.limit = limit
         self.attempts: list[Ran[Any]] = []
+
+    def keep_up(self) -> None:
+        for queue in self.queues:
+            queue.keep_up()
 
     def run_up_to(self, until: dt.datetime, clock: MovableClock) -> None:
         self.run_due(until)

@@ -29,6 +29,7 @@ from modelqueue.worker.pools import too_small_pools
 from modelqueue.worker.prober import Prober
 from modelqueue.worker.running import Left
 from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, start_fork_server
+from modelqueue.worker.upkeep import Upkeep
 
 __all__ = ["Supervisor"]
 
@@ -143,6 +144,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._wake_reader, self._wake_writer = context().Pipe(duplex=False)
         self._prober = Prober(queues, options.poll, self._found)
+        self._upkeep = Upkeep(queues)
         #: What the prober has found last, how often it has looked, and what of that was passed on.
         self._due: list[str] | None = None
         self._expired: list[str] = []
@@ -174,6 +176,7 @@ class Supervisor:
         restore = _nothing
         if handle_signals:
             restore = on_stop_signals(self.stop)
+        self._upkeep.start()
         self._prober.start()
         try:
             while self._stopped_at is None or self._children:
@@ -186,6 +189,7 @@ class Supervisor:
                 self._see_whether_drained()
                 self._write_health()
         finally:
+            self._upkeep.stop()
             self._prober.stop()
             self._end_all()
             self._see_given_back()
@@ -337,6 +341,7 @@ class Supervisor:
         if self._stopped_at is None:
             self._say(why)
             self._stopped_at = time.monotonic()
+            self._upkeep.stop()
             self._prober.stop()
         if self._stops > 1 and not self._is_stopping_now:
             self._say("Stopping now.")
