@@ -755,7 +755,7 @@ def test_progress_is_lines_on_a_terminal_without_tqdm(monkeypatch):
             1,
             "There is no queue 'x'. Declared are: testapp.do_errand, testapp.review",
         ),
-        (["prune", "x", "--older-than", "5"], 1, "There is no queue 'x'"),
+        (["prune", "x", "--older-than", "5s"], 1, "There is no queue 'x'"),
         (["cancel", NAME], 2, "This would cancel every task of testapp.do_errand. Say which: .* or --all"),
         (
             ["cancel", NAME, "--all", "--pk", "1"],
@@ -824,6 +824,7 @@ def test_command_that_can_not_use_the_database_says_what_to_look_at(arguments, m
         (["cancel", NAME, "--state", "x"], "there is no state 'x'. Give created or waiting or working"),
         (["enqueue", NAME, "--older-than", "soon"], "argument --older-than: 'soon' is no duration"),
         (["prune", NAME], "the following arguments are required: --older-than"),
+        (["prune", NAME, "--older-than", "30"], "'30' has no unit. Give for example 30s, 30m, 30h or 30d"),
         (["prune", NAME, "--older-than", "1d", "--state", "waiting"], "waiting tasks are left alone by this"),
         (["worker", "--threads", "x"], "argument --threads: give a whole number, 1 or more, not 'x'"),
         (["worker", "--processes", "0"], "argument --processes: give a whole number, 1 or more, not '0'"),

@@ -4,7 +4,7 @@ import datetime as dt
 import time
 
 import pytest
-from django.db import IntegrityError, OperationalError, connection, connections
+from django.db import IntegrityError, OperationalError, ProgrammingError, connection, connections
 from django.db.models import Value
 
 import modelqueue
@@ -441,6 +441,26 @@ def test_row_whose_related_row_can_not_be_loaded_is_a_failed_attempt():
     assert run(rows, "status", succeed) == references[1]
 
 
+@pytest.fixture
+def unmigrated():
+    """A column that the code knows and the table does not have: code was deployed before it was migrated."""
+    tasks = [Paper.objects.create(title=title) for title in ("a", "b")]
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE testapp_paper RENAME COLUMN title TO former_title")
+        yield tasks
+        cursor.execute("ALTER TABLE testapp_paper RENAME COLUMN former_title TO title")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_column_that_is_missing_charges_no_task(count, unmigrated):
+    """No row loads, but that is no fault of theirs: all would end canceled without an action."""
+    Paper.objects.filter(pk__in=[task.pk for task in unmigrated[count:]])._raw_delete("default")
+    for _ in range(3):
+        with pytest.raises((OperationalError, ProgrammingError)):
+            run(Paper.objects, "status", unexpected, retry=0)
+    assert statuses(Paper) == [task.status for task in unmigrated[:count]]
+
+
 def test_queryset_that_can_not_be_loaded_raises_and_claims_nothing():
     task = Task.objects.create()
     with pytest.raises(AttributeError, match="nonsense"):
@@ -568,10 +588,10 @@ def test_row_that_a_trigger_refuses_holds_up_no_claim(vendor, caplog, request):
 def test_claims_beside_a_row_that_is_refused_are_none_when_the_session_ends(request, monkeypatch):
     """They are rolled back with it, though each was set: whoever ran them would not be their owner."""
 
-    def end_before_the_last(self, source, row, *arguments):
+    def end_before_the_last(self, source, row, *arguments, **options):
         if row.pk == last.pk:
             end_session(self.connection)
-        return compare_and_set(self, source, row, *arguments)
+        return compare_and_set(self, source, row, *arguments, **options)
 
     first = Task.objects.create(status=Status.waiting(0))
     second = Task.objects.create(data="refused", status=Status.waiting(1))

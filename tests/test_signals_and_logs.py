@@ -335,15 +335,41 @@ def test_message_names_the_task_and_the_first_line_of_its_error(caplog):
     job = Job.objects.create(status=Status.waiting(0))
     attempt(Job.objects, raising(failure))
     assert text(caplog) == [
-        f"testapp.Job {job.pk} status: outcome fail (builtins.ValueError: no such file) [waiting, 1 attempts]"
+        f"testapp.Job {job.pk} status: outcome fail (builtins.ValueError: no such file) [waiting, 1 attempt]"
     ]
+
+
+def test_line_of_a_failure_has_its_traceback_and_that_of_a_cancel_none(caplog):
+    for action in (raising(failure), raising(Cancel("no more"))):
+        Job.objects.create(status=Status.waiting(0))
+        attempt(Job.objects, action)
+    traces = [
+        record.exc_info and record.exc_info[1] for record in caplog.records if record.levelname != "DEBUG"
+    ]
+    assert traces[0] is failure
+    assert traces[-1] is None
 
 
 def test_message_of_a_row_that_is_gone(caplog):
     Job.objects.create(status=Status.waiting(0))
     run(Job.objects, "status", lambda task: Job.objects.all().delete())
     [line] = text(caplog)
-    assert line.endswith("by somebody or by the action [gone]")
+    assert line.endswith("its row was deleted, or left the queue, meanwhile [gone]")
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status.canceled(5), "it was canceled meanwhile [canceled, 0 attempts]"),
+        (Status.waiting(5, 2), "or somebody has changed the status [waiting, 2 attempts]"),
+        (Status.finished(5, 1), "by somebody or by the action [finished, 1 attempt]"),
+    ],
+)
+def test_line_of_a_lost_lease_says_what_came_between(status, words, caplog):
+    Job.objects.create(status=Status.waiting(0))
+    run(Job.objects, "status", lambda task: Job.objects.update(status=status))
+    [line] = text(caplog)
+    assert line.endswith(words)
 
 
 def test_row_that_can_not_be_loaded_has_its_line(caplog):

@@ -20,16 +20,19 @@ from modelqueue.fields import StatusField
 from modelqueue.queues import Queue, declared_queues
 from modelqueue.status import ZERO_SECS
 
-__all__ = ["check_databases", "check_queues", "check_settings"]
+__all__ = ["TAG", "check_databases", "check_queues", "check_settings"]
+
+#: ``manage.py check --tag modelqueue``; every ``manage.py modelqueue`` runs these, too.
+TAG = "modelqueue"
 
 
-@register()
+@register(TAG)
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Check the project's setting MODELQUEUE."""
     return [checks.Error(problem, hint=cure, id="modelqueue.E001") for problem, cure in conf.problems()]
 
 
-@register()
+@register(TAG)
 def check_queues(**kwargs: Any) -> list[CheckMessage]:
     """Check the declared queues, for what can be seen only when all of them are known, and all apps ready."""
     messages: list[CheckMessage] = []

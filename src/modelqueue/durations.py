@@ -13,8 +13,11 @@ __all__ = ["in_short", "parse_duration"]
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def parse_duration(text: str) -> dt.timedelta:
+def parse_duration(text: str, needs_unit: bool = False) -> dt.timedelta:
     """Return the duration that a number and its unit mean; without a unit they are seconds.
+
+    Args:
+        needs_unit: whether a number alone is refused, where a wrong guess would do harm.
 
     Raises:
         ValueError: it is none, or is longer than a `datetime.timedelta` can be.
@@ -26,6 +29,10 @@ def parse_duration(text: str) -> dt.timedelta:
     if found is None:
         raise ValueError(f"{text!r} is no duration. Give seconds, or for example 90s, 5m, 12h, 30d.")
     number, unit = found.groups()
+    if needs_unit and not unit:
+        raise ValueError(
+            f"{text!r} has no unit. Give for example {number}s, {number}m, {number}h or {number}d."
+        )
     try:
         return dt.timedelta(seconds=float(number) * _SECONDS[unit or "s"])
     except OverflowError:

@@ -5,12 +5,13 @@ The keys: ``event`` (the name of the signal), ``model`` (its label), ``pk``, ``f
 where an attempt has ended.
 
 A claim and a good end are DEBUG, what somebody may want to look at is WARNING, and a task that was
-given up for good is ERROR.
+given up for good is ERROR. The line of a failure has its traceback.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 from django.db.models import Model
@@ -32,7 +33,8 @@ def log_finished(sender: type[Model], **facts: Any) -> None:
     else:
         level = logging.ERROR if _is_canceled(facts) else logging.WARNING
         text = f"outcome {facts['outcome']} ({error_text(facts['error']).splitlines()[0]})"
-    _log(level, "task_finished", text, sender, facts)
+    is_trace_wanted = facts["outcome"] == "fail" and logger.isEnabledFor(level)  # Abort and Cancel were meant
+    _log(level, "task_finished", text, sender, facts, _traced(facts["error"]) if is_trace_wanted else None)
 
 
 def log_recovered(sender: type[Model], **facts: Any) -> None:
@@ -44,10 +46,7 @@ def log_lease_lost(sender: type[Model], **facts: Any) -> None:
     if facts["outcome"] == "release" and facts["error"] is None:  # nobody asked for it to be given back
         text = "lease lost, the task was taken away before its action began"
     else:
-        text = (
-            f"lease lost, its outcome {facts['outcome']} is dropped; the action took longer than the "
-            "timeout, or the status was changed or the row deleted meanwhile, by somebody or by the action"
-        )
+        text = f"lease lost, its outcome {facts['outcome']} is dropped; {_what_happened(facts['status'])}"
     _log(logging.WARNING, "lease_lost", text, sender, facts)
 
 
@@ -57,12 +56,42 @@ task_recovered.connect(log_recovered, dispatch_uid="modelqueue.log")
 lease_lost.connect(log_lease_lost, dispatch_uid="modelqueue.log")
 
 
+def _traced(error: BaseException) -> BaseException | None:
+    """Return an error if its traceback can be written to a file, or its line would be lost with it."""
+    try:
+        "".join(traceback.format_exception(type(error), error, error.__traceback__)).encode()
+    except Exception:
+        return None
+    return error
+
+
+def _what_happened(status: Status | None) -> str:
+    """Say what came between, as far as the row tells."""
+    if status is None:
+        return "its row was deleted, or left the queue, meanwhile"
+    if status.state == State.canceled:
+        return "it was canceled meanwhile"
+    if status.state in (State.waiting, State.working):
+        return (
+            "it was taken back meanwhile, as the action took longer than the timeout or its worker could not "
+            "renew the lease, or somebody has changed the status"
+        )
+    return "the status was changed meanwhile, by somebody or by the action"
+
+
 def _is_canceled(facts: dict[str, Any]) -> bool:
     status: Status | None = facts["status"]
     return status is not None and status.state == State.canceled
 
 
-def _log(level: int, event: str, text: str, model: type[Model], facts: dict[str, Any]) -> None:
+def _log(
+    level: int,
+    event: str,
+    text: str,
+    model: type[Model],
+    facts: dict[str, Any],
+    trace: BaseException | None = None,
+) -> None:
     if not logger.isEnabledFor(level):
         return
     status: Status | None = facts["status"]
@@ -77,5 +106,10 @@ def _log(level: int, event: str, text: str, model: type[Model], facts: dict[str,
         "outcome": facts.get("outcome"),
     }
     where = f"{model._meta.label} {facts['pk']} {facts['field']}"
-    stands = "gone" if status is None else f"{status.state}, {status.attempts} attempts"
-    logger.log(level, "%s: %s [%s]", where, text, stands, extra=extra)
+    logger.log(level, "%s: %s [%s]", where, text, _stands(status), extra=extra, exc_info=trace)
+
+
+def _stands(status: Status | None) -> str:
+    if status is None:
+        return "gone"
+    return f"{status.state}, {status.attempts} attempt{'' if status.attempts == 1 else 's'}"

@@ -430,7 +430,9 @@ def _checked_classes(given: object) -> tuple[type[BaseException], ...]:
     classes = given if isinstance(given, tuple) else (given,)
     for one in classes:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
-            raise TypeError(f"cancel_on is an exception class or a tuple of them; {one!r} is none.")
+            raise TypeError(
+                f"cancel_on is an exception class or a tuple of them, such as (ValueError,); {one!r} is none."
+            )
     return classes
 
 

@@ -301,7 +301,7 @@ def test_worker_that_can_not_write_its_health_file_goes_on(workers, tmp_path):
     worker = workers.start("--health-file", tmp_path / "nowhere" / "health")
     (errand,) = make("")
     wait_until(lambda: stored(errand).state == State.finished)
-    wait_until(lambda: "The health file can not be written" in worker.output)
+    wait_until(lambda: "nowhere/health can not be written" in worker.output)
     assert worker.stop()[0] == 0
 
 

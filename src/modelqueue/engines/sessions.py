@@ -142,6 +142,10 @@ class Session:
         """Say whether any other statement would end with this error, too, as the database is away."""
         return self._has_lost_connection
 
+    def is_connected(self) -> bool:
+        """Say whether the database answers on this connection; opens none."""
+        return self.connection.connection is not None and bool(self.connection.is_usable())
+
     def _close_if_broken(self) -> bool:
         if self.connection.is_usable():
             return False

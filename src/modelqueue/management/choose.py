@@ -57,10 +57,10 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     return f"Did you mean {close[0]!r}? " if close else ""
 
 
-def duration(text: str) -> dt.timedelta:
+def duration(text: str, needs_unit: bool = False) -> dt.timedelta:
     """Read a duration from the command line, see `parse_duration`."""
     try:
-        return parse_duration(text)
+        return parse_duration(text, needs_unit)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 from django.core.management.base import BaseCommand
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
         "--older-than",
-        type=duration,
+        type=partial(duration, needs_unit=True),  # 30 seconds in place of days would delete too much
         required=True,
         metavar="AGE",
-        help="how long ago they ended, at least: in seconds, or as 90s, 5m, 12h, 30d",
+        help="how long ago they ended, at least, with its unit: 90s, 5m, 12h, 30d",
     )
     add(
         "--state",

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from django.db import connections
-from django.db.utils import InterfaceError, OperationalError
+from django.db.utils import Error, InterfaceError, OperationalError
 
 from modelqueue import clock
 from modelqueue.engines import engine_for
@@ -153,7 +153,9 @@ class Prober:
     def _leave_out(self, queue: Queue[Any], error: Exception) -> None:
         if queue.name not in self._left_out:
             logger.error(
-                "%s: its tasks can not be looked for; other queues go on.", queue.name, exc_info=error
+                "%s: its tasks can not be looked for; other queues go on. Are all migrations applied?",
+                queue.name,
+                exc_info=error,
             )
         self._left_out[queue.name] = time.monotonic() + _LEFT_OUT
 
@@ -165,16 +167,24 @@ class Prober:
     def _look_at(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
         try:
             return self._probe(using, queues)
-        except (InterfaceError, OperationalError):
-            with suppress(Exception):  # so that the next look opens another connection
-                connections[using].close()
-            raise
-        except Exception as error:  # of a single queue: its table is missing, perhaps
+        except Exception as error:
+            if isinstance(error, Error) and self._meets_everybody(using, error):
+                with suppress(Exception):  # so that the next look opens another connection
+                    connections[using].close()
+                raise
+            # Of a single queue: its table is missing, perhaps.
             if len(queues) == 1:
                 self._leave_out(queues[0], error)
                 return [], []
             found = [self._look_at(using, [queue]) for queue in queues]
             return [name for due, _ in found for name in due], [name for _, old in found for name in old]
+
+    def _meets_everybody(self, using: str, error: Error) -> bool:
+        """Say whether an error is not of one queue's statement: the database is away, or locked."""
+        if not isinstance(error, (InterfaceError, OperationalError)):
+            return False
+        engine = engine_for(using)
+        return engine.is_try_again(error) or not engine.is_connected()
 
     def _probe(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
         moment = clock.now()

@@ -164,6 +164,7 @@ class Supervisor:
         self._idle_since: int | None = None
         self._drained_from = 0.0
         self._health_at = 0.0
+        self._is_health_told = False
 
     def run(self, handle_signals: bool = True) -> int:
         """Serve; return the exit code: 0, or 1 when draining has left something due.
@@ -284,13 +285,16 @@ class Supervisor:
     def _note_death(self, child: Child) -> None:
         if time.monotonic() - child.began > _SOUND:
             self._deaths = 0
-        how = describe_exit(child.process.exitcode)
-        logger.error("Process %s of the worker %s.", child.pid, how)
+        logger.error("Process %s of the worker %s.", child.pid, describe_exit(child.process.exitcode))
         pause = self._pause()
         # What it held comes back when its leases are over.
         leases = [queue.recovery().lease or dt.timedelta() for queue in self._queues.values()]
-        self._drained_from = time.monotonic() + max(leases).total_seconds() + 1.0
-        self._say(f"Process {child.pid} {how}. The next one starts in {pause:.1f} s.")
+        seconds = max(leases).total_seconds()
+        self._drained_from = time.monotonic() + seconds + 1.0
+        self._say(
+            f"The next process starts in {pause:.1f} s. What {child.pid} was running is taken back when its "
+            f"leases have run out, in {seconds:.0f} s at most."
+        )
 
     def _pause(self) -> float:
         """Put off the start of further processes; return for how many seconds."""
@@ -436,7 +440,11 @@ class Supervisor:
             temporary.write_text(json.dumps(facts))
             temporary.replace(path)
         except OSError as error:
-            logger.error("The health file can not be written: %s", error)
+            level = logging.DEBUG if self._is_health_told else logging.ERROR
+            logger.log(level, "The health file %s can not be written: %s", path, error)
+            self._is_health_told = True
+        else:
+            self._is_health_told = False
 
 
 def _nothing() -> None:

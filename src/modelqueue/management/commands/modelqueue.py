@@ -8,6 +8,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
 from django.db import InterfaceError, OperationalError, ProgrammingError
 
+from modelqueue.checks import TAG
 from modelqueue.management import cancel, enqueue, prune, retry, status, worker
 from modelqueue.management.words import DATABASE_HINT
 from modelqueue.report import in_a_line
@@ -27,7 +28,7 @@ _SUBCOMMANDS = {
 class Command(BaseCommand):
     help = "Run the tasks of declared queues, look at them, and put them right."
     # A worker is to start also where a check of some other app complains.
-    requires_system_checks = ["models"]
+    requires_system_checks = ["models", TAG]
 
     def add_arguments(self, parser: CommandParser) -> None:
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
