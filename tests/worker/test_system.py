@@ -90,8 +90,10 @@ def test_process_ends_in_time_whatever_keeps_it_and_its_log_is_complete(monkeypa
 def test_processes_are_spawned_where_there_is_no_fork_server(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert system.context().get_start_method() == "spawn"
-    monkeypatch.setitem(sys.modules, "multiprocessing.forkserver", None)
-    system.start_fork_server()
+    monkeypatch.setitem(sys.modules, "multiprocessing.resource_tracker", None)
+    monkeypatch.delattr(multiprocessing, "resource_tracker", raising=False)
+    with system.stop_signals_blocked():
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @posix
@@ -106,8 +108,9 @@ def test_stop_signals_are_handled_and_given_back():
         system.leave_stop_signals_to_the_supervisor()
         os.kill(os.getpid(), signal.SIGTERM)
         assert calls == [1, 1]
-        system.start_fork_server()
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        with system.stop_signals_blocked():
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == {signal.SIGINT, signal.SIGTERM}
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -28,7 +28,7 @@ from modelqueue.worker.options import Options
 from modelqueue.worker.pools import too_small_pools
 from modelqueue.worker.prober import Prober
 from modelqueue.worker.running import Left
-from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, start_fork_server
+from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, stop_signals_blocked
 from modelqueue.worker.upkeep import Upkeep
 
 __all__ = ["Supervisor"]
@@ -57,11 +57,11 @@ class Child:
     """A process of the worker, as its supervisor knows it."""
 
     def __init__(self, options: Options) -> None:
-        start_fork_server()  # another one if it has died
         system = context()
         self.pipe, theirs = system.Pipe()
         self.process = system.Process(target=process.main, args=(options, theirs), name="modelqueue-worker")
-        self.process.start()
+        with stop_signals_blocked():
+            self.process.start()
         theirs.close()  # so that their death breaks the pipe
         self.pid = self.process.pid
         self.began = time.monotonic()

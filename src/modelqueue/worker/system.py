@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "leave_stop_signals_to_the_supervisor",
     "memory",
     "on_stop_signals",
-    "start_fork_server",
+    "stop_signals_blocked",
 ]
 
 #: Those by which a terminal, a supervisor of the system or a container asks a program to stop.
@@ -56,22 +56,22 @@ def on_stop_signals(handler: Callable[[], None]) -> Callable[[], None]:
     return restore
 
 
-def start_fork_server() -> None:
-    """Start what starts processes, if there is such a thing, deaf to the signals that are for the supervisor.
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Keep what is started meanwhile deaf to the signals for the supervisor, above all a fork server.
 
     A terminal, or the service manager, sends them to all processes of a group. Without its fork server a
-    living process looks dead.
+    living process looks dead. Blocked, which is inherited; ignored for a moment they could get lost.
     """
     try:
-        from multiprocessing import forkserver, resource_tracker
-    except ImportError:  # Windows
+        from multiprocessing import resource_tracker
+    except ImportError:  # Windows, where there is none of it
+        yield
         return
-    context()
     resource_tracker.ensure_running()  # which would unblock them
-    # Blocked, which it inherits. Ignored for a moment they could get lost.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
