@@ -16,7 +16,7 @@ from django.db import OperationalError, connections, models
 from django.test.utils import isolate_apps
 
 import modelqueue
-from modelqueue import State, Status, clock
+from modelqueue import ONE_HOUR, State, Status, clock
 from modelqueue.durations import in_short, parse_duration
 from modelqueue.fields import declared_on
 from modelqueue.management import choose, reload, worker
@@ -250,6 +250,17 @@ def test_eta_is_unknown_where_nothing_ends():
     make(Status.waiting())
     assert call_json("status", NAME)[1]["queues"][0]["eta"] is None
     assert call("status", NAME)[1].splitlines()[1].endswith("unknown")
+
+
+def test_drain_tells_what_is_to_come_later(supervise):
+    Errand.objects.create(status=Status.waiting(modelqueue.now() + ONE_HOUR))
+    supervise(finish=1)
+    assert call("worker", NAME, "--drain")[1].endswith("1 task waiting for a time that has not come.\n")
+
+
+def test_status_has_no_eta_where_nothing_is_due():
+    Errand.objects.create(status=Status.waiting(modelqueue.now() + ONE_HOUR))
+    assert call("status", NAME)[1].splitlines()[1].endswith(" -")
 
 
 def test_status_is_a_table_with_a_row_for_each_queue(frozen):
@@ -669,9 +680,9 @@ def test_worker_is_as_big_as_it_is_told(supervise):
     ("code", "ended", "exit_code", "words"),
     [
         (0, {}, 0, "Nothing was due.\n"),
-        (0, {"finish": 1200, "fail": 1}, 0, r"Attempts: 1,200 finish, 1 fail; [\d,]+ a second\.\n"),
+        (0, {"finish": 1200, "fail": 1}, 0, r"Attempts: 1,200 finished, 1 failed; [\d,]+ a second\.\n"),
         (1, {}, 3, "Something is due still.\n"),
-        (1, {"fail": 2}, 3, r"Attempts: 2 fail; [\d,]+ a second\.\nSomething is due still\.\n"),
+        (1, {"fail": 2}, 3, r"Attempts: 2 failed; [\d,]+ a second\.\nSomething is due still\.\n"),
     ],
 )
 def test_drain_has_an_exit_code_for_what_is_due_still(code, ended, exit_code, words, supervise):

@@ -70,7 +70,7 @@ def nameless():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"lease": 2 * SECOND}, ValueError, "lease=0:00:02 is shorter than 3 s.*Raise lease"),
+        ({"lease": 2 * SECOND}, ValueError, "lease=0:00:02 is shorter than 3 s.*Give 3 s or more"),
         ({"lease": 30}, TypeError, "lease is a datetime.timedelta, .*not 30"),
         ({"retry": 9}, ValueError, "retry=9 is out of range"),
         ({"timeout": 5}, TypeError, "timeout is a datetime.timedelta"),

@@ -112,6 +112,16 @@ class OutsideOfATransaction(TransactionTestCase):
         assert_state(errands[1], None, field="review_status")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take notes from Python 3.11 on")
+@pytest.mark.django_db
+def test_error_of_an_action_says_that_it_is_recorded(declare):
+    made = declare(Task, "status", name="tasks")(raising(ValueError("no")))
+    Task.objects.create()
+    with pytest.raises(ValueError, match="no") as caught:
+        run_one(made)
+    assert "With raises=False it is returned" in caught.value.__notes__[0]
+
+
 def test_nothing_is_left_on_django():
     assert transaction.Atomic.__exit__ is hooks._django_exit
     assert "on_commit" not in vars(connection)

@@ -421,7 +421,7 @@ def _checked_lease(lease: object) -> dt.timedelta:
     if lease < SHORTEST_LEASE:
         raise ValueError(
             f"lease={lease} is shorter than {SHORTEST_LEASE.seconds} s, so one slow renewal lets a running "
-            "task be claimed again. Raise lease."
+            "task be claimed again. Give 3 s or more; the default is 30 s."
         )
     return lease
 

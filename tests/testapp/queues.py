@@ -13,7 +13,8 @@ import modelqueue
 from modelqueue import Status
 from tests.testapp.models import Errand, Ledger
 
-LEASE = dt.timedelta(seconds=3)
+#: The shortest, as tests wait for its end.
+LEASE = dt.timedelta(seconds=float(os.environ.get("MODELQUEUE_TEST_LEASE", "3")))
 
 
 @modelqueue.queue(Errand, "status", error_field="error", retry=2, lease=LEASE, cancel_on=LookupError)

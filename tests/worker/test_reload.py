@@ -94,7 +94,7 @@ def test_changed_action_is_the_one_that_is_run(project, start):
     assert note_of_a_new_order(project, 2) == "new"
     os.killpg(worker.pid, signal.SIGINT)  # as Ctrl-C does
     assert worker.wait(30) == 0
-    assert output(project).count("Stopping: running tasks may end.") == 2
+    assert output(project).count("Stopping: running tasks may end within") == 2
     assert "Stopping now" not in output(project)
     wait_until(lambda: not members(worker.pid))
 
@@ -106,7 +106,7 @@ def test_running_action_may_end(number, send, project, start):
     worker = start()
     begin_long_order(project)
     send(worker.pid, number)
-    wait_until(lambda: "Stopping: running tasks may end." in output(project))
+    wait_until(lambda: "Stopping: running tasks may end within" in output(project))
     time.sleep(0.5)  # Django's own parent would have killed it by now
     (project / "ready").touch()
     assert worker.wait(30) == 0
@@ -120,7 +120,7 @@ def test_second_signal_ends_it_now_and_charges_nothing(project, start):
     worker = start("--grace", "60")
     begin_long_order(project)
     os.kill(worker.pid, signal.SIGTERM)
-    wait_until(lambda: "Stopping: running tasks may end." in output(project))
+    wait_until(lambda: "Stopping: running tasks may end within" in output(project))
     os.kill(worker.pid, signal.SIGTERM)
     assert worker.wait(30) == 0
     assert order(project, 1) == ("long", 2, 0)

@@ -161,6 +161,7 @@ def test_process_that_is_full_before_it_has_run_a_task_is_replaced_after_a_pause
     wait_until(lambda: not game.supervisor._children)
     time.sleep(1)
     assert len(game.children) == 2
+    assert game.said[-1] == "It had run no task: the limit is too low. Raise it."
 
 
 def test_full_process_has_only_the_grace_time_when_the_worker_is_stopped(play):
@@ -267,13 +268,14 @@ def test_process_that_does_not_stop_is_killed(play):
     game = play()
     game.supervisor.stop()
     wait_until(lambda: not game.thread.is_alive())
-    assert game.said[0] == "Stopping: running tasks may end."
+    assert game.said[0] == ("Stopping: running tasks may end within 0.2 s; a second signal ends them now.")
     assert "does not stop and is killed" in game.said[1]
 
 
 def test_second_stop_leaves_no_grace(play):
     game = play(grace=60.0)
     game.supervisor.stop()
+    wait_until(lambda: game.said)
     game.supervisor.stop()
     wait_until(lambda: not game.thread.is_alive())
     assert "Stopping now." in game.said
@@ -491,7 +493,7 @@ def test_worker_of_the_main_thread_stops_in_order_at_a_signal(monkeypatch):
     thread.start()
     assert one.run() == 0
     thread.join(30)
-    assert said == ["Stopping: running tasks may end."]
+    assert said == ["Stopping: running tasks may end within 25 s; a second signal ends them now."]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

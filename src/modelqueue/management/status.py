@@ -106,8 +106,14 @@ def cells(one: Figures) -> list[str]:
         str(one.scheduled),
         *map(str, one.counts.values()),
         ended,
-        "unknown" if one.eta is None else f"{in_short(one.eta)}{'+' if one.due.is_capped else ''}",
+        eta(one),
     ]
+
+
+def eta(one: Figures) -> str:
+    if not one.due.number:
+        return "-"
+    return "unknown" if one.eta is None else f"{in_short(one.eta)}{'+' if one.due.is_capped else ''}"
 
 
 def running(one: Figures) -> list[str]:

@@ -17,6 +17,7 @@ from modelqueue.management.choose import WRONG_USAGE, chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
+from modelqueue.status import State, Status
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
 
@@ -24,6 +25,18 @@ from modelqueue.worker.supervisor import Supervisor
 SOMETHING_IS_DUE = 3
 #: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
 _MOST_COUNTED = 1_000_000
+
+#: How attempts end, in words for the line at the end of a drain.
+_ENDED = {
+    "finish": "finished",
+    "assign": "assigned a status",
+    "retry": "to be tried again",
+    "abort": "aborted",
+    "cancel": "canceled",
+    "fail": "failed",
+    "release": "given back",
+    "lost": "not recorded",
+}
 
 HELP = "run tasks"
 DESCRIPTION = (
@@ -131,14 +144,24 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
 
         is_drained = Supervisor(options, queues, write, ended).run() == 0
     if total:
-        outcomes = ", ".join(f"{count:,} {how}" for how, count in total.most_common())
+        outcomes = ", ".join(f"{count:,} {_ENDED[how]}" for how, count in total.most_common())
         write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second.")
     elif is_drained:
         write("Nothing was due.")
     if is_drained:
+        if later := sum(_scheduled(queue) for queue in queues):
+            write(f"{counted(later, 'task')} waiting for a time that has not come.")
         return 0
     write("Something is due still.")
     return SOMETHING_IS_DUE
+
+
+def _scheduled(queue: Queue[Any]) -> int:
+    """Count the tasks whose time has not come."""
+    last_due, last = Status.waiting(now(), Status.max_attempts), Status.maximum(State.waiting)
+    name = queue.field.name
+    later = queue.rows().filter(**{f"{name}__gt": last_due, f"{name}__lte": last})
+    return later.order_by()[:_MOST_COUNTED].count()
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:

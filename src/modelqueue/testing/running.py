@@ -241,6 +241,11 @@ def _run_next(queue: Queue[M], raises: bool) -> Ran[M] | None:
         # Ctrl-C is meant for the test; and a task that is given back would be the next one again.
         ends_the_test = not isinstance(outcome.raised, Exception) or outcome.ending == "release"
         if raises or ends_the_test:
+            if hasattr(outcome.raised, "add_note") and not ends_the_test:  # Python 3.11
+                outcome.raised.add_note(
+                    "The action raised this, and it is recorded as a failed attempt, as in production. With "
+                    "raises=False it is returned with the attempt, and the next one is made."
+                )
             raise outcome.raised
     return Ran(
         queue, attempt.task, outcome.ending, outcome.error, attempt.stored, attempt.began, attempt.is_lost

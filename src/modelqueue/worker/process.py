@@ -129,7 +129,7 @@ class Process:
         if time.monotonic() - self._began >= self._lives:
             return f"has run for {options.max_seconds:g} s"
         if options.max_memory is not None and (used := memory() or 0) > options.max_memory:
-            return f"uses {used} MiB of memory"
+            return f"uses {used} MiB of memory, more than --max-memory {options.max_memory},"
         return None
 
     # The end

@@ -277,7 +277,8 @@ class Supervisor:
             self._give_back(child.left)
             if child.reason is not None:
                 self._say(f"Process {child.pid} {child.reason} and is replaced.")
-                if not child.has_run_tasks:  # its limit is too low, so that nothing gets done
+                if not child.has_run_tasks:
+                    self._say("It had run no task: the limit is too low. Raise it.")
                     self._pause()
             elif not child.is_stopping:
                 self._note_death(child)
@@ -338,12 +339,14 @@ class Supervisor:
             self._code = 1
             self._stops = max(self._stops, 1)
 
-    def _stop_if_told(self, why: str = "Stopping: running tasks may end.") -> None:
+    def _stop_if_told(self, why: str = "") -> None:
         if self._stops == 0:
             return
         grace = self._options.grace if self._stops == 1 else 0.0
         if self._stopped_at is None:
-            self._say(why)
+            if why or self._stops == 1:
+                grace_time = f"running tasks may end within {grace:g} s; a second signal ends them now."
+                self._say(why or f"Stopping: {grace_time}")
             self._stopped_at = time.monotonic()
             self._upkeep.stop()
             self._prober.stop()
