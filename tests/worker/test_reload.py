@@ -100,6 +100,54 @@ def test_changed_action_is_the_one_that_is_run(project, start):
 
 
 @pytest.mark.vendor("sqlite")
+def test_code_that_can_not_be_loaded_is_waited_for(project, start):
+    worker = start()
+    assert note_of_a_new_order(project, 1) == "old"
+    queues = project / "shop/queues.py"
+    text = queues.read_text()
+    queues.write_text(text + "\ndef half(")
+    wait_until(lambda: "The worker can not start again" in output(project))
+    assert "SyntaxError" in output(project)
+    queues.write_text(text.replace("old", "mended"))
+    assert note_of_a_new_order(project, 2) == "mended"
+    os.kill(worker.pid, signal.SIGINT)
+    assert worker.wait(30) == 0
+
+
+@posix
+@pytest.mark.parametrize("ends_by", ["a change", "a signal"])
+def test_child_that_fails_after_a_change_is_started_once_more(ends_by, script, monkeypatch, tmp_path, caplog):
+    times = tmp_path / "times"
+    script(
+        f"""
+with open({str(times)!r}, "a+") as file:
+    file.write(".")
+    file.flush()
+    file.seek(0)
+    count = len(file.read())
+sys.exit({{1: 3, 2: 1, 3: 0}}[count])
+"""
+    )
+    code = tmp_path / "code.py"
+    looks = []
+
+    def snapshot_files(reloader):
+        looks.append(1)
+        if len(looks) == 5:
+            if ends_by == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                return [(code, 2.0)]
+        return [(code, 1.0)]
+
+    monkeypatch.setattr(reload, "_LOOK", 0.01)
+    monkeypatch.setattr(autoreload.StatReloader, "snapshot_files", snapshot_files)
+    assert reload.run_children() == 0
+    assert len(times.read_text()) == (3 if ends_by == "a change" else 2)
+    assert "waits until the code changes" in caplog.text
+
+
+@pytest.mark.vendor("sqlite")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_running_action_may_end(number, send, project, start):
@@ -198,7 +246,7 @@ def script(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize(("end", "code"), [("sys.exit(1)", 1), ("os.kill(os.getpid(), 9)", 137)])
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(0)", 0), ("os.kill(os.getpid(), 9)", 137)])
 def test_child_is_started_anew_until_it_ends_for_another_reason(end, code, script):
     log = script(
         f"""

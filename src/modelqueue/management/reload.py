@@ -10,11 +10,13 @@ after Ctrl-C, and at SIGTERM at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from django.utils import autoreload
 
@@ -23,10 +25,12 @@ from modelqueue.worker.system import on_stop_signals
 
 __all__ = ["is_child", "run_children", "serve_until_code_changes"]
 
+logger = logging.getLogger("modelqueue")
+
 #: The exit code of a child that is to be started anew; that of Django's reloader.
 CODE_HAS_CHANGED = 3
-#: Seconds between two looks of the parent at its child.
-_TICK = 0.1
+#: Seconds between two looks of the parent at its child, and at the files of code that can not be loaded.
+_TICK, _LOOK = 0.1, 0.5
 
 
 def is_child() -> bool:
@@ -58,12 +62,27 @@ def run_children() -> int:
 
     restore = on_stop_signals(stop)
     try:
-        while (code := run_child()) == CODE_HAS_CHANGED:
+        has_changed = False
+        while True:
+            files = _files()
+            code = run_child()
+            if code == CODE_HAS_CHANGED:
+                has_changed = True
+            elif code <= 0 or not has_changed or stops:
+                return code if code >= 0 else 128 - code  # as a shell says it of one that was killed
+            else:  # half of a change was saved, perhaps
+                logger.error("The worker can not start again. It waits until the code changes once more.")
+                while not stops and _files() == files:
+                    time.sleep(_LOOK)
             if stops:
                 return 0
-        return code if code >= 0 else 128 - code  # as a shell says it of one that was killed
     finally:
         restore()
+
+
+def _files() -> dict[Path, float]:
+    """Return when each file of the code changed last that was loaded here, before any was broken."""
+    return dict(autoreload.StatReloader().snapshot_files())
 
 
 def serve_until_code_changes(supervisor: Supervisor, pipe: int = 0) -> int:
