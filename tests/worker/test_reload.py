@@ -189,7 +189,11 @@ def manage(folder, *arguments):
         return subprocess.Popen(
             [sys.executable, "-m", "django", *arguments],
             cwd=folder,
-            env=os.environ | {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": f"{folder}:{ROOT / 'src'}"},
+            env={
+                **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+                "DJANGO_SETTINGS_MODULE": "settings",
+                "PYTHONPATH": f"{folder}:{ROOT / 'src'}",
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

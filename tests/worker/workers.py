@@ -23,7 +23,7 @@ class Worker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=environment(databases) | {"PYTHONUNBUFFERED": "1"},
+            env={name: value for name, value in environment(databases).items() if name != "PYTHONUNBUFFERED"},
             start_new_session=True,
         )
         self.pid = self.process.pid

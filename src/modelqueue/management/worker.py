@@ -114,14 +114,19 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
         max_seconds=options["max_seconds"],
         health_file=options["health_file"],
     )
+
+    def write(text: str) -> None:
+        command.stdout.write(text)
+        command.stdout.flush()  # or a file, or the log of a container, gets it at the end
+
     if options["drain"]:
-        return drain(worker, queues, command.stdout.write)
+        return drain(worker, queues, write)
     is_to_reload = _is_to_reload(options)
     if is_to_reload and not reload.is_child():
         return reload.run_children()
     for line in introduction(worker, queues):
-        command.stdout.write(line)
-    supervisor = Supervisor(worker, queues, command.stdout.write)
+        write(line)
+    supervisor = Supervisor(worker, queues, write)
     return reload.serve_until_code_changes(supervisor) if is_to_reload else supervisor.run()
 
 
