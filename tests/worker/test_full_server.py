@@ -38,7 +38,7 @@ def make_tables():
 def make_errands(count):
     waiting = Status.waiting()
     Errand.objects.bulk_create(
-        [Errand(title="read 0.5", status=Status.created(1), review_status=waiting) for _ in range(count)]
+        [Errand(title="read 3", status=Status.created(1), review_status=waiting) for _ in range(count)]
     )
 
 

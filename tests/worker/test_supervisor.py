@@ -272,6 +272,14 @@ def test_process_that_does_not_stop_is_killed(play):
     assert "does not stop and is killed" in game.said[1]
 
 
+def test_two_stops_at_once_leave_no_grace(play, monkeypatch):
+    monkeypatch.setattr(module, "_TICK", 0.05)
+    game = play(grace=60.0)
+    game.supervisor._stops = 2  # before it looks
+    wait_until(lambda: not game.thread.is_alive())
+    assert game.said[0] == "Stopping now."
+
+
 def test_second_stop_leaves_no_grace(play):
     game = play(grace=60.0)
     game.supervisor.stop()

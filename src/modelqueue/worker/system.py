@@ -80,7 +80,7 @@ def leave_stop_signals_to_the_supervisor() -> None:
     """Do nothing at SIGINT and SIGTERM. By a handler: what an action starts would inherit SIG_IGN."""
     for number in _STOP:
         signal.signal(number, lambda *_: None)
-    if hasattr(signal, "pthread_sigmask"):  # the fork server has them blocked
+    with suppress(AttributeError):  # Windows, where there is no fork server that has them blocked
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
 
 
