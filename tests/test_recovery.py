@@ -122,7 +122,7 @@ def test_recovery_is_told():
                 "sender": Task,
                 "pk": task.pk,
                 "field": "status",
-                "using": "default",
+                "using": "default", "queue": None,
                 "lease": EXPIRED,
                 "status": stored(task),
             },

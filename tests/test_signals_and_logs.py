@@ -84,7 +84,14 @@ def test_attempt_is_told_at_its_claim_and_at_its_end(model, ending, action, stat
     task = events[0][1]["task"]
     assert type(task) is model
     assert task.pk == job.pk
-    facts = {"sender": model, "pk": job.pk, "field": "review_status", "using": "default", "task": task}
+    facts = {
+        "sender": model,
+        "pk": job.pk,
+        "field": "review_status",
+        "using": "default",
+        "queue": None,
+        "task": task,
+    }
     assert events == [
         ("task_claimed", {**facts, "status": Status.working(STAMP, 1)}),
         ("task_finished", {**facts, "status": status, "outcome": ending, "error": raised_by(action)}),
@@ -109,7 +116,14 @@ def test_row_that_can_not_be_loaded_is_told_without_a_task():
     paper = PickyPaper.objects.create(title="unreadable", status=Status.waiting(0))
     with heard() as events, pytest.raises(ValueError, match="can not be read") as caught:
         run(PickyPaper.objects, "status", succeed)
-    facts = {"sender": PickyPaper, "pk": paper.pk, "field": "status", "using": "default", "task": None}
+    facts = {
+        "sender": PickyPaper,
+        "pk": paper.pk,
+        "field": "status",
+        "using": "default",
+        "queue": None,
+        "task": None,
+    }
     end = {"status": Status.waiting(STAMP, 1), "outcome": "fail", "error": caught.value}
     assert events == [("task_finished", {**facts, **end})]
 
@@ -158,7 +172,7 @@ def test_recovery_is_told(retry, status):
     job = PrintJob.objects.create(review_status=EXPIRED)
     with heard() as events:
         recover(PrintJob.objects, "review_status", retry=retry)
-    facts = {"sender": PrintJob, "pk": job.pk, "field": "review_status", "using": "default"}
+    facts = {"sender": PrintJob, "pk": job.pk, "field": "review_status", "using": "default", "queue": None}
     assert events == [("task_recovered", {**facts, "lease": EXPIRED, "status": status})]
 
 
@@ -201,6 +215,7 @@ def test_lost_lease_is_told_with_what_is_dropped(interfere, status, ending, end)
             "pk": job.pk,
             "field": "review_status",
             "using": "default",
+            "queue": None,
             "lease": Status.working(STAMP, 1),
             "status": status,
             "outcome": ending,
@@ -258,7 +273,7 @@ def test_receiver_that_raises_changes_nothing_about_a_lost_lease(broken_receiver
 
 # The log
 
-KEYS = ("event", "model", "pk", "field", "using", "state", "attempts", "outcome")
+KEYS = ("event", "queue", "model", "pk", "field", "using", "state", "attempts", "outcome")
 
 
 def lines(caplog):
@@ -293,7 +308,13 @@ def test_line_of_an_attempt(caplog, name, level):
     job = Job.objects.create(review_status=Status.waiting(0, 1))
     with caplog.at_level(logging.DEBUG, "modelqueue"):
         attempt(Job.objects, action, "review_status")
-    facts = {"model": "testapp.Job", "pk": job.pk, "field": "review_status", "using": "default"}
+    facts = {
+        "model": "testapp.Job",
+        "pk": job.pk,
+        "field": "review_status",
+        "using": "default",
+        "queue": None,
+    }
     end = {"state": status and status.state.name, "attempts": None if status is None else status.attempts}
     assert lines(caplog) == [
         (
@@ -316,7 +337,7 @@ def test_task_that_is_given_up_is_an_error(caplog, error):
 def test_line_of_a_recovery(caplog, retry, level, state):
     task = Task.objects.create(status=EXPIRED)
     recover(Task.objects, retry=retry)
-    facts = {"model": "testapp.Task", "pk": task.pk, "field": "status", "using": "default"}
+    facts = {"model": "testapp.Task", "pk": task.pk, "field": "status", "using": "default", "queue": None}
     end = {"event": "task_recovered", "state": state, "attempts": 2, "outcome": None}
     assert lines(caplog) == [(level, {**facts, **end})]
 
@@ -326,7 +347,13 @@ def test_line_of_a_lost_lease(caplog, name):
     interfere, status = INTERFERENCES[name]
     job = Job.objects.create(review_status=Status.waiting(0))
     run(Job.objects, "review_status", interfere)
-    facts = {"model": "testapp.Job", "pk": job.pk, "field": "review_status", "using": "default"}
+    facts = {
+        "model": "testapp.Job",
+        "pk": job.pk,
+        "field": "review_status",
+        "using": "default",
+        "queue": None,
+    }
     end = {"state": status and status.state.name, "attempts": None if status is None else status.attempts}
     assert lines(caplog) == [("WARNING", {**facts, "event": "lease_lost", **end, "outcome": "finish"})]
 
@@ -337,6 +364,27 @@ def test_message_names_the_task_and_the_first_line_of_its_error(caplog):
     assert text(caplog) == [
         f"testapp.Job {job.pk} status: outcome fail (builtins.ValueError: no such file) [waiting, 1 attempt]"
     ]
+
+
+def test_line_names_the_queue_and_how_long_the_task_waits(caplog, declare):
+    task = Task.objects.create(status=Status.waiting(0))
+    declare(Task, "status", name="errands", delay=90 * SECOND)(raising(failure)).drain()
+    [(level, facts)] = lines(caplog)
+    assert (level, facts["queue"], facts["pk"]) == ("WARNING", "errands", task.pk)
+    [record] = [record for record in caplog.records if record.name == "modelqueue"]
+    assert record.due == stored(task).parse()[1]
+    assert record.getMessage().startswith(f"errands, testapp.Task {task.pk} status: outcome fail")
+    assert record.getMessage().endswith(
+        ("[waiting for 1m 30s, 1 attempt]", "[waiting for 1m 29s, 1 attempt]")
+    )
+
+
+def test_line_of_a_recovery_names_the_queue(caplog, declare):
+    work = declare(Task, "status", name="errands")(succeed)
+    Task.objects.create(status=EXPIRED)
+    verbs.recover(work.source(), work.recovery())
+    [(_, facts)] = lines(caplog)
+    assert (facts["event"], facts["queue"]) == ("task_recovered", "errands")
 
 
 def test_line_of_a_failure_has_its_traceback_and_that_of_a_cancel_none(caplog):

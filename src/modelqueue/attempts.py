@@ -484,6 +484,7 @@ class Attempt(Generic[M]):
             pk=self.claim.row.pk,
             field=self.source.field.name,
             using=self.source.using,
+            queue=self.source.queue_name,
             task=self.task,
             **arguments,
         )

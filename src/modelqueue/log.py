@@ -1,8 +1,8 @@
 """Every event as a line of the logger ``modelqueue``, with the facts as ``extra`` keys.
 
-The keys: ``event`` (the name of the signal), ``model`` (its label), ``pk``, ``field``, ``using``,
-``state`` and ``attempts`` of the status that stands now (None where there is none), and ``outcome``
-where an attempt has ended.
+The keys: ``event`` (the name of the signal), ``queue``, ``model`` (its label), ``pk``, ``field``,
+``using``, ``state`` and ``attempts`` of the status that stands now (None where there is none), ``due``
+where a task waits for a time, and ``outcome`` where an attempt has ended.
 
 A claim and a good end are DEBUG, what somebody may want to look at is WARNING, and a task that was
 given up for good is ERROR. The line of a failure has its traceback.
@@ -10,15 +10,18 @@ given up for good is ERROR. The line of a failure has its traceback.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import traceback
 from typing import Any
 
 from django.db.models import Model
 
+from modelqueue.clock import now
+from modelqueue.durations import in_short
 from modelqueue.outcomes import error_text
 from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
-from modelqueue.status import State, Status
+from modelqueue.status import State, Status, priority_to_datetime
 
 logger = logging.getLogger("modelqueue")
 
@@ -95,21 +98,33 @@ def _log(
     if not logger.isEnabledFor(level):
         return
     status: Status | None = facts["status"]
+    due = None if status is None else _due(status)
     extra = {
         "event": event,
+        "queue": facts["queue"],
         "model": model._meta.label,
         "pk": facts["pk"],
         "field": facts["field"],
         "using": facts["using"],
         "state": None if status is None else status.state.name,
         "attempts": None if status is None else status.attempts,
+        "due": due,
         "outcome": facts.get("outcome"),
     }
     where = f"{model._meta.label} {facts['pk']} {facts['field']}"
-    logger.log(level, "%s: %s [%s]", where, text, _stands(status), extra=extra, exc_info=trace)
+    if facts["queue"] is not None:
+        where = f"{facts['queue']}, {where}"
+    logger.log(level, "%s: %s [%s]", where, text, _stands(status, due), extra=extra, exc_info=trace)
 
 
-def _stands(status: Status | None) -> str:
+def _due(status: Status) -> dt.datetime | None:
+    """Return when a waiting task is due, if that is a time."""
+    return priority_to_datetime(status.priority) if status.state == State.waiting else None
+
+
+def _stands(status: Status | None, due: dt.datetime | None) -> str:
     if status is None:
         return "gone"
-    return f"{status.state}, {status.attempts} attempt{'' if status.attempts == 1 else 's'}"
+    seconds = 0.0 if due is None else (due - now()).total_seconds()
+    wait = f" for {in_short(seconds)}" if seconds >= 1.0 else ""
+    return f"{status.state}{wait}, {status.attempts} attempt{'' if status.attempts == 1 else 's'}"

@@ -134,7 +134,7 @@ class Queue(Generic[M]):
         return rows
 
     def source(self) -> Source[M]:
-        return Source.of(self.rows(), self.field.name, self.error_field, self.claim_values)
+        return Source.of(self.rows(), self.field.name, self.error_field, self.claim_values, self.name)
 
     @property
     def using(self) -> str:

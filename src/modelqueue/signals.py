@@ -1,8 +1,8 @@
 """Every event of the library as a Django signal, and its arguments.
 
 The sender is the model class. All receivers get ``pk`` (primary key of the task), ``field`` (name of
-the status field) and ``using`` (alias of the database) besides what is listed with each signal. They
-are called after the database has taken the change (inside an outer transaction: before its commit).
+the status field), ``using`` (alias of the database) and ``queue`` (name of the declared queue, or None)
+besides what is listed with each signal. They are called after the database has taken the change (inside an outer transaction: before its commit).
 What a receiver raises is logged and goes no further: an observer can not change what happens to a
 task.
 """
@@ -42,6 +42,15 @@ task_recovered = Signal(use_caching=True)
 lease_lost = Signal(use_caching=True)
 
 
-def send(signal: Signal, model: type[Model], *, pk: Any, field: str, using: str, **arguments: Any) -> None:
+def send(
+    signal: Signal,
+    model: type[Model],
+    *,
+    pk: Any,
+    field: str,
+    using: str,
+    queue: str | None,
+    **arguments: Any,
+) -> None:
     """Send a signal; Django logs what a receiver raises (logger ``django.dispatch``)."""
-    signal.send_robust(model, pk=pk, field=field, using=using, **arguments)
+    signal.send_robust(model, pk=pk, field=field, using=using, queue=queue, **arguments)

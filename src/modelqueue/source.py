@@ -42,6 +42,8 @@ class Source(Generic[M]):
     error_field: models.Field[Any, Any] | None = None
     claim_values: ClaimValues | None = None
     """What a claim sets besides the status, if anything."""
+    queue_name: str | None = None
+    """The declared queue whose tasks they are; None: `modelqueue.run` and the like serve any queryset."""
     sets: Values = dataclass_field(default_factory=dict)
     """The values of the claim that is under way, see `for_a_claim`."""
 
@@ -52,6 +54,7 @@ class Source(Generic[M]):
         field: str,
         error_field: str | None = None,
         claim_values: ClaimValues | None = None,
+        queue_name: str | None = None,
     ) -> Source[M]:
         """Check a queryset (or manager) and the names of its status field and error field.
 
@@ -73,7 +76,7 @@ class Source(Generic[M]):
         error = None if error_field is None else _error_field(rows.model, error_field)
         status = status_field(rows.model, field)
         make_watchable(rows.model)
-        return cls(rows, status, rows.db, error, claim_values)
+        return cls(rows, status, rows.db, error, claim_values, queue_name)
 
     def for_a_claim(self) -> Source[M]:
         """Return the source with the values that one claim sets, the same for all of its tasks."""

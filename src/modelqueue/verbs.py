@@ -90,6 +90,7 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
                 source.model,
                 field=source.field.name,
                 using=source.using,
+                queue=source.queue_name,
                 pk=row.pk,
                 lease=row.status,
                 status=status,
