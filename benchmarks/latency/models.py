@@ -9,6 +9,5 @@ import modelqueue
 
 class Task(models.Model):
     queue = models.IntegerField(default=0)
-    enqueued = models.FloatField()
     begun = models.FloatField(null=True)
     status = modelqueue.StatusField()

@@ -2,9 +2,9 @@
 
 The sender is the model class. All receivers get ``pk`` (primary key of the task), ``field`` (name of
 the status field), ``using`` (alias of the database) and ``queue`` (name of the declared queue, or None)
-besides what is listed with each signal. They are called after the database has taken the change (inside an outer transaction: before its commit).
-What a receiver raises is logged and goes no further: an observer can not change what happens to a
-task.
+besides what is listed with each signal. They are called after the database has taken the change (inside
+an outer transaction: before its commit). What a receiver raises is logged and goes no further: an
+observer can not change what happens to a task.
 """
 
 from __future__ import annotations

@@ -43,17 +43,18 @@ class _Ended:
     error: BaseException | None
     try_at: float = 0.0
     pause: float = 0.0
-    tried_since: float | None = None
+    #: Since when the database, which is there, does not take it.
+    refused_since: float | None = None
 
     def put_off(self, longest: float) -> None:
-        if self.tried_since is None:
-            self.tried_since = time.monotonic()
         self.pause = min(self.pause * 2 or _FIRST_PAUSE, longest)
         self.try_at = time.monotonic() + self.pause
 
-    @property
     def is_refused_for_long(self) -> bool:
-        return self.tried_since is not None and time.monotonic() - self.tried_since > _LONGEST_REFUSAL
+        """Note that it is refused; return whether that goes on for too long."""
+        if self.refused_since is None:
+            self.refused_since = time.monotonic()
+        return time.monotonic() - self.refused_since > _LONGEST_REFUSAL
 
 
 class Completer:
@@ -131,11 +132,13 @@ class Completer:
         """An outcome was not written: decide when to try again, and who has to wait for that."""
         attempt = ended.running.attempt
         if isinstance(error, RowLocked):
+            ended.refused_since = None
             self._put_off(ended, error, _LONGEST_PAUSE_OF_LOCKED)
         elif isinstance(error, Error) and attempt.engine.meets_everybody(error):
+            ended.refused_since = None
             self._waits_for[attempt.source.using] = ended
             self._put_off(ended, error, _LONGEST_PAUSE)
-        elif isinstance(error, Error) and not ended.is_refused_for_long:  # its disk is full, for example
+        elif isinstance(error, Error) and not ended.is_refused_for_long():  # its disk is full, for example
             self._put_off(ended, error, _LONGEST_PAUSE)
         else:  # SystemExit of a hook, for example
             self._give_up(ended, error)

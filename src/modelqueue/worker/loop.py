@@ -87,8 +87,7 @@ class Loop:
         if task.cancelled():
             error = asyncio.CancelledError()
         elif (error := task.exception()) is None:
-            error, canceled = task.result()
-            error = error or canceled
+            error, _ = task.result()  # a cancellation that came after the action had ended changes nothing
         if isinstance(error, asyncio.CancelledError) and running not in self._canceled:
             wrong = RuntimeError("The action was canceled, by itself or by what it awaited.")
             wrong.__cause__, error = error, wrong

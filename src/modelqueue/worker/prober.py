@@ -26,7 +26,7 @@ __all__ = ["Found", "Outage", "Prober"]
 
 logger = logging.getLogger("modelqueue")
 
-#: Seconds between two looks while there was work lately, and how long "lately" is.
+#: Seconds from one look to the next while there was work lately, and how long "lately" is.
 _SHORTEST, _LATELY = 0.1, 5.0
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
@@ -74,12 +74,15 @@ class Prober:
         pause = waited = _SHORTEST
         try:
             while not self._is_stopped:
+                began = time.monotonic()
                 due = self._look(waited)
                 if due:
                     self.look_again()
                 is_active = time.monotonic() < self._active_until
                 pause = min(_SHORTEST if is_active else pause * _GROWTH, max(self._poll, _SHORTEST))
-                waited = random.uniform(0.95, 1.15) * pause  # noqa: S311  (jitter)
+                # From one beginning to the next, but never without a rest, however long a look takes.
+                jittered = random.uniform(0.95, 1.05) * pause  # noqa: S311
+                waited = max(jittered - (time.monotonic() - began), pause / 2)
                 self._again.wait(waited)
         finally:
             connections.close_all()

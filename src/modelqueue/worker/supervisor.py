@@ -399,8 +399,12 @@ class Supervisor:
         if self._expired:
             chosen.send("recover", self._expired)
         again = [name for name in due if name in told]
+        chosen.send("due", due)
         for child in ready:
-            child.send("due", due if child is chosen else again)  # also none, as it answers
+            # While something is due the others are left alone, lest they take the processor from the chosen
+            # one; else all are asked, as they answer.
+            if child is not chosen and (again or not due):
+                child.send("due", again)
 
     def _see_whether_drained(self) -> None:
         """Stop when no process is at work, and a look that began after that finds nothing due."""
