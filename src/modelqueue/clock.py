@@ -6,32 +6,55 @@ Every time that is written into a row and every "is it due?" goes through `now`.
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Clock = Callable[[], dt.datetime]
 
+#: A time, and the count of `steady` at that time; None: the clock of the machine is asked.
+_anchor: tuple[dt.datetime, float] | None = None
+
 
 def _system_clock() -> dt.datetime:
-    return dt.datetime.now(dt.timezone.utc)
+    if _anchor is None:
+        return dt.datetime.now(dt.timezone.utc)
+    moment, then = _anchor
+    return moment + dt.timedelta(seconds=steady() - then)
 
 
 _clock: Clock = _system_clock
-_offset = dt.timedelta()
 
 
 def now() -> dt.datetime:
     """Return the current time as an aware UTC `datetime.datetime`."""
-    return _clock() + _offset
+    return _clock()
 
 
-def shift(by: dt.timedelta) -> None:
+def shift(by: dt.timedelta | None) -> None:
     """Let `now` be later than this machine's clock by so much: a worker follows the clock of the database.
 
-    Leases are compared across machines, whose clocks differ.
+    Leases are compared across machines, whose clocks differ. From then on it goes by a count that nobody
+    sets: a lease that is stamped by a clock that was just set back is at once another's.
+
+    Args:
+        by: zero or negative, too; None: ask the machine's clock again, whatever it says.
     """
-    global _offset  # noqa: PLW0603
-    _offset = by
+    global _anchor  # noqa: PLW0603
+    _anchor = None if by is None else (dt.datetime.now(dt.timezone.utc) + by, steady())
+
+
+def steady() -> float:
+    """Return a count of seconds that nobody sets; where that can be, it goes on while the machine sleeps."""
+    return _count()
+
+
+def _counter() -> Callable[[], float]:
+    since_boot: int | None = getattr(time, "CLOCK_BOOTTIME", None)  # Linux, whose other one stands still then
+    return time.monotonic if since_boot is None else lambda: time.clock_gettime(since_boot)
+
+
+_count = _counter()
 
 
 def in_use() -> Clock:

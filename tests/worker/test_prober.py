@@ -2,6 +2,7 @@
 
 import datetime as dt
 import time
+from types import SimpleNamespace
 
 import pytest
 from django.db import OperationalError, ProgrammingError, connection
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 @pytest.fixture(autouse=True)
 def _own_clock():
     yield
-    clock.shift(0 * SECOND)
+    clock.shift(None)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def look(found):
     def make(*queues, poll=1.0):
         one = Prober(list(queues), poll, lambda due, expired: found.append((due, expired)))
         one._clock = DatabaseClock("default")
-        one._clock._next = time.monotonic() + 60
+        one._clock._next, one._clock._ahead = time.monotonic() + 60, time.time() - clock.steady()
         return one
 
     return make
@@ -136,22 +137,60 @@ def test_who_was_cut_off_has_nothing_recovered_until_all_have_had_time_to_renew(
     assert found[-1] == ([], ["testapp.do_errand"])
 
 
-@pytest.mark.parametrize("clock", ["time", "monotonic"])
+@pytest.mark.parametrize("which", ["time", "monotonic"])
 def test_who_stood_still_has_nothing_recovered_until_all_have_had_time_to_renew(
-    clock, look, found, monkeypatch
+    which, look, found, monkeypatch
 ):
     """A machine that was suspended, for example: its own leases have expired, and are renewed now."""
     Errand.objects.create(status=Status.working(5))
     one = look(do_errand)
     one._look()
-    actual, gap = getattr(time, clock), 2.0
-    monkeypatch.setattr(prober.time, clock, lambda: actual() + gap)
+    actual, gap = getattr(time, which), 2.5
+    one._clock.follow = lambda: 0.0
+    monkeypatch.setattr(prober.time, which, lambda: actual() + gap)
     one._look()
     one._look()
     assert [expired for _, expired in found] == [["testapp.do_errand"], [], []]
-    monkeypatch.setattr(one, "_recover_from", 0.0)
+    one._held_back.clear()
     one._look()
     assert found[-1] == ([], ["testapp.do_errand"])
+
+
+def test_standstill_costs_a_queue_of_long_leases_nothing(look, found, declare, monkeypatch):
+    hours = declare(Task, "status", name="hours", lease=dt.timedelta(hours=1))(succeed)
+    Task.objects.create(status=Status.working(5))
+    Errand.objects.create(status=Status.working(5))
+    one = look(do_errand, hours)
+    one._look()
+    actual = time.monotonic
+    monkeypatch.setattr(prober.time, "monotonic", lambda: actual() + 2.5)
+    one._look()
+    assert [expired for _, expired in found] == [["testapp.do_errand", "hours"], ["hours"]]
+    assert one._held_back["testapp.do_errand"] < prober.time.monotonic() + 4
+
+
+@pytest.mark.parametrize(("jump", "expired"), [(0.5, ["testapp.do_errand"]), (600.0, []), (-600.0, [])])
+def test_clock_that_has_jumped_makes_nothing_look_abandoned(jump, expired, look, found):
+    """That of the database was set, and other workers have not seen it yet."""
+    Errand.objects.create(status=Status.working(5))
+    one = look(do_errand)
+    one._clock.follow = lambda: jump
+    one._look()
+    assert found == [([], expired)]
+    if not expired:
+        assert one._held_back["testapp.do_errand"] > time.monotonic() + database_clock.INTERVAL
+
+
+def test_prober_looks_often_again_when_something_has_expired(look):
+    """As only what is seen twice is taken back."""
+    one = look(do_errand)
+    one._active_until = 0.0
+    Errand.objects.create(status=Status.working(5))
+    one._look()
+    assert one._active_until > time.monotonic()
+    one._active_until = 0.0
+    one._look()
+    assert one._active_until == 0.0  # a transaction has locked it, perhaps, for long
 
 
 @pytest.mark.vendor("postgresql", "mysql")
@@ -273,6 +312,30 @@ def test_clock_of_the_database_is_followed(seconds, shifted, told, monkeypatch, 
     assert abs(modelqueue.now() - before - shifted * SECOND) < SECOND / 4
     assert told in caplog.text
     assert bool(caplog.text) == bool(told)
+
+
+def test_who_follows_the_clock_goes_on_steadily_when_somebody_sets_that_of_the_machine(monkeypatch):
+    engine = Ahead(0, 0)
+    monkeypatch.setattr(database_clock, "engine_for", lambda using: engine)
+    one = DatabaseClock("default")
+    one.follow()
+    before = modelqueue.now()
+    monkeypatch.setattr(
+        clock, "dt", SimpleNamespace(datetime=Hourly, timezone=dt.timezone, timedelta=dt.timedelta)
+    )
+    assert modelqueue.now() - before < SECOND
+    monkeypatch.setattr(database_clock.time, "time", lambda actual=time.time: actual() + 3600)
+    assert 3599 < one.follow() < 3601  # that of SQLite is the same clock
+    assert engine.seconds == []
+    assert one.follow() == 0.0
+
+
+class Hourly(dt.datetime):
+    """The clock of a machine that was set on by an hour."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return dt.datetime.now(tz) + dt.timedelta(hours=1)
 
 
 def test_clock_is_asked_again_soon_after_an_answer_that_took_long(monkeypatch, caplog):

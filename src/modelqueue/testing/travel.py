@@ -38,7 +38,7 @@ class MovableClock:
         """
         self._moment, self._since = self(), None
         try:
-            # By a difference, as `clock.shift` may have put this clock and now() apart.
+            # By a difference, as another clock may be in use inside.
             self._moment = shifted(self._moment, moment_of(to) - clock.now())
         finally:
             self._since = time.monotonic()

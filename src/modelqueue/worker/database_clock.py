@@ -11,14 +11,16 @@ from django.db import connections
 from modelqueue import clock
 from modelqueue.engines import engine_for
 
-__all__ = ["DatabaseClock"]
+__all__ = ["INTERVAL", "DatabaseClock"]
 
 logger = logging.getLogger("modelqueue")
 
 #: Seconds between two looks at it, and when the last one has failed.
-_INTERVAL, _SOON = 60.0, 5.0
+INTERVAL, _SOON = 60.0, 5.0
 #: Seconds: a smaller difference is left alone, a larger one is told.
 _SMALL, _LARGE = 0.05, 1.0
+#: Seconds by which the clock of the machine was set, or the machine stood still, since the last look.
+_STEP = 0.05
 
 
 class DatabaseClock:
@@ -27,16 +29,29 @@ class DatabaseClock:
     def __init__(self, using: str) -> None:
         self.using = using
         self._next = 0.0
+        #: By how much the clock of the machine was ahead of the steady count.
+        self._ahead = 0.0
         self._is_told = False
 
-    def follow(self) -> None:
+    def follow(self) -> float:
         """Set the clock of this process by that of the database, if the last time was long ago.
 
-        Raises nothing: who can not read it goes on by the last offset.
+        Or at once if the clock of the machine was set since, as the machine was asleep then, perhaps.
+
+        Returns:
+            By how many seconds the time of this process has jumped, more than it went on.
+
+        Raises nothing: who can not read it goes on by the last look.
         """
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _SOON
+        ahead = time.time() - clock.steady()
+        if time.monotonic() < self._next and abs(ahead - self._ahead) < _STEP:
+            return 0.0
+        self._next, self._ahead = time.monotonic() + _SOON, ahead
+        before, then = clock.now(), clock.steady()
+        self._look()
+        return (clock.now() - before).total_seconds() - (clock.steady() - then)
+
+    def _look(self) -> None:
         try:
             offset = engine_for(self.using).clock_offset()
         except Exception as error:
@@ -54,7 +69,7 @@ class DatabaseClock:
             )
             self._is_told = True
             return
-        self._next = time.monotonic() + _INTERVAL
+        self._next = time.monotonic() + INTERVAL
         self._is_told = False
         seconds = offset.total_seconds()
         if abs(seconds) >= _LARGE:

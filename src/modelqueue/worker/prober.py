@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from django.db.utils import Error, InterfaceError, OperationalError
 from modelqueue import clock
 from modelqueue.engines import engine_for
 from modelqueue.queues import Queue
-from modelqueue.worker.database_clock import DatabaseClock
+from modelqueue.worker.database_clock import INTERVAL, DatabaseClock
 
 __all__ = ["Found", "Outage", "Prober"]
 
@@ -30,6 +30,8 @@ logger = logging.getLogger("modelqueue")
 _SHORTEST, _LATELY = 0.1, 5.0
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
+#: Seconds that a look may take longer than usual, however short a lease is.
+_LONGEST_HICCUP = 2.0
 #: Seconds for which a queue is left out whose tasks can not be looked for.
 _LEFT_OUT = 5.0
 
@@ -42,13 +44,13 @@ class Prober:
         self._queues = queues
         self._poll = poll
         self._found = found
-        self._again = threading.Event()
-        self._is_stopped = False
+        self._is_stopped = threading.Event()
         self._outages: dict[str, Outage] = {}
         #: Queues that can not be looked at, and when to try again.
         self._left_out: dict[str, float] = {}
-        #: Until when no lease is to count as expired, as this worker stood still, or was cut off.
-        self._recover_from = 0.0
+        #: Until when no lease of a queue is to count as expired, as somebody stood still, or was cut off.
+        self._held_back: dict[str, float] = {}
+        self._expired: list[str] = []
         self._last_look: tuple[float, float] | None = None
         self._active_until = time.monotonic() + _LATELY
         #: That of the first database: a process has one clock.
@@ -67,28 +69,25 @@ class Prober:
         self._active_until = time.monotonic() + _LATELY
 
     def stop(self) -> None:
-        self._is_stopped = True
-        self._again.set()
+        self._is_stopped.set()
 
     def _work(self) -> None:
         pause = waited = _SHORTEST
         try:
-            while not self._is_stopped:
+            while not self._is_stopped.is_set():
                 began = time.monotonic()
-                due = self._look(waited)
-                if due:
-                    self.look_again()
+                self._look(waited)
                 is_active = time.monotonic() < self._active_until
                 pause = min(_SHORTEST if is_active else pause * _GROWTH, max(self._poll, _SHORTEST))
                 # From one beginning to the next, but never without a rest, however long a look takes.
                 jittered = random.uniform(0.95, 1.05) * pause  # noqa: S311
                 waited = max(jittered - (time.monotonic() - began), pause / 2)
-                self._again.wait(waited)
+                self._is_stopped.wait(waited)
         finally:
             connections.close_all()
 
-    def _look(self, waited: float = 0.0) -> list[str]:
-        """Look at each database, and pass on what was found; return the names of queues with due tasks.
+    def _look(self, waited: float = 0.0) -> None:
+        """Look at each database, and pass on what was found.
 
         Args:
             waited: how many seconds the last look is to be ago.
@@ -97,37 +96,52 @@ class Prober:
         for using, queues in self._by_database().items():
             outage = self._outages.setdefault(using, Outage(using))
             try:
-                if self._clock is None:
-                    self._clock = DatabaseClock(using)
-                if using == self._clock.using:
-                    self._clock.follow()
+                self._follow_the_clock(using)
                 found = self._look_at(using, queues)
             except Exception as away:
                 outage.begun(away)
                 is_known = False
                 continue
-            outage.ended(_longest_lease(queues))
+            if outage.ended():
+                # Longer than the lease, and all have expired, those of the living, too.
+                self._hold_back(queues)
             due += found[0]
-            if not outage.is_too_fresh_to_recover:
-                expired += found[1]
-        if self._stood_still(waited):
-            self._recover_from = time.monotonic() + _longest_lease(self._queues)
-        self._found(
-            due if is_known or due else None, expired if time.monotonic() >= self._recover_from else []
-        )
-        return due
+            expired += found[1]
+        stood_still = self._stood_still(waited)
+        self._hold_back(queue for queue in self._queues if stood_still > _harmless(queue))
+        expired = [name for name in expired if time.monotonic() >= self._held_back.get(name, 0.0)]
+        if due or not set(expired) <= set(
+            self._expired
+        ):  # what expires is looked at once more, see `Suspects`
+            self.look_again()
+        self._expired = expired
+        self._found(due if is_known or due else None, expired)
 
-    def _stood_still(self, waited: float) -> bool:
-        """Say whether this look has ended so late that leases of our own may have expired meanwhile.
+    def _follow_the_clock(self, using: str) -> None:
+        if self._clock is None:
+            self._clock = DatabaseClock(using)
+        if using == self._clock.using:
+            jump = abs(self._clock.follow())
+            # Others may not have seen yet that the clock of the database was set, or that it is another one.
+            self._hold_back((queue for queue in self._queues if jump > _harmless(queue)), INTERVAL)
 
-        The machine was suspended, the processes were, the database has let us wait, or a clock was set. Those
-        who renew the leases wake up in this moment, too.
+    def _hold_back(self, queues: Iterable[Queue[Any]], more: float = 0.0) -> None:
+        """Recover nothing of these queues until everybody has had time to renew, and so many seconds more."""
+        for queue in queues:
+            until = time.monotonic() + queue.lease.total_seconds() + more
+            self._held_back[queue.name] = max(until, self._held_back.get(queue.name, 0.0))
+
+    def _stood_still(self, waited: float) -> float:
+        """Return by how many seconds this look has ended too late.
+
+        The machine was suspended, the processes were, the database has let us wait, or a clock was set. The
+        same may have befallen those who renew the leases.
         """
         last, self._last_look = self._last_look, (time.time(), time.monotonic())
         if last is None:
-            return False
+            return 0.0
         seconds = max(abs(now - then) for now, then in zip(self._last_look, last, strict=True))
-        return seconds - waited > min(queue.lease for queue in self._queues).total_seconds() / 3
+        return seconds - waited
 
     def look(self) -> tuple[list[str], list[str]]:
         """Return the names of the queues that have due tasks, and of those that have abandoned ones.
@@ -206,32 +220,25 @@ class Prober:
 
 
 class Outage:
-    """What is known of a database being away, so that it is told once, and no living worker is robbed.
-
-    After an outage that was longer than the lease all leases have expired, those of the living too: who was
-    cut off has nothing recovered until everybody has had the time to renew.
-    """
+    """What is known of a database being away, so that it is told once."""
 
     def __init__(self, using: str) -> None:
         self._using = using
         self._is_away = False
-        self._recover_from = 0.0
 
     def begun(self, error: Exception) -> None:
         if not self._is_away:
             logger.warning("The database %r does not answer, trying again: %s", self._using, error)
         self._is_away = True
 
-    def ended(self, lease: float) -> None:
-        if self._is_away:
+    def ended(self) -> bool:
+        """Note that it answers; return whether it did not the last time."""
+        was_away, self._is_away = self._is_away, False
+        if was_away:
             logger.warning("The database %r answers again.", self._using)
-            self._recover_from = time.monotonic() + lease
-        self._is_away = False
-
-    @property
-    def is_too_fresh_to_recover(self) -> bool:
-        return time.monotonic() < self._recover_from
+        return was_away
 
 
-def _longest_lease(queues: list[Queue[Any]]) -> float:
-    return max(queue.lease for queue in queues).total_seconds()
+def _harmless(queue: Queue[Any]) -> float:
+    """Return for how many seconds its workers may stand still before a lease can run out."""
+    return max(queue.lease.total_seconds() / 3, _LONGEST_HICCUP)
