@@ -10,7 +10,7 @@ import functools
 import logging
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,13 +56,19 @@ def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
     return engine.renew(source, leases, now)
 
 
-def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
+def recover(
+    source: Source[Any],
+    policy: Policy,
+    seconds: float = 1.0,
+    is_certain: Callable[[Candidate], bool] = lambda row: True,
+) -> int:
     """Take back the tasks whose workers did not report within the timeout.
 
     Args:
         policy: its timeout says how long a lease holds; retry and delay what happens then.
         seconds: after how long to stop, as a caller who wants to run a task waits meanwhile. What
             is left then is recovered by the next call.
+        is_certain: asked of each row that is expired and free; if it is not, the row is left alone.
 
     Returns:
         How many tasks were recovered.
@@ -72,8 +78,10 @@ def recover(source: Source[Any], policy: Policy, seconds: float = 1.0) -> int:
     if cutoff is None:
         return 0
 
-    def judge(lease: Status) -> Verdict:
-        status, note, wrong_delay = outcomes.recovered(lease, policy, moment)
+    def judge(row: Candidate) -> Verdict | None:
+        if not is_certain(row):
+            return None
+        status, note, wrong_delay = outcomes.recovered(row.status, policy, moment)
         if wrong_delay is not None:
             logger.error(
                 "The delay of a recovered task can not be computed, it is zero.", exc_info=wrong_delay

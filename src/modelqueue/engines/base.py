@@ -225,12 +225,12 @@ class Engine(Session):
     # Recovery
 
     def recover(
-        self, source: Source[M], cutoff: dt.datetime, judge: Callable[[Status], Verdict]
+        self, source: Source[M], cutoff: dt.datetime, judge: Callable[[Candidate], Verdict | None]
     ) -> Iterator[list[tuple[Candidate, Status]]]:
         """Take back all tasks whose lease is from `cutoff` or before, a page at a time.
 
         Args:
-            judge: gets an expired lease, says what becomes of its task.
+            judge: gets an expired row, under its lock, and says what becomes of its task; None: nothing yet.
 
         Yields:
             For each page, once it is committed: the expired rows that were recovered, each with its
@@ -240,7 +240,7 @@ class Engine(Session):
             yield self._recover_among(source, page, judge)
 
     def _recover_among(
-        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
+        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Candidate], Verdict | None]
     ) -> list[tuple[Candidate, Status]]:
         try:
             return self.patiently(partial(self._recover_together, source, candidates, judge))
@@ -250,7 +250,7 @@ class Engine(Session):
             return self._recover_one_by_one(source, candidates, judge)
 
     def _recover_together(
-        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
+        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Candidate], Verdict | None]
     ) -> list[tuple[Candidate, Status]]:
         recovered = []
         with self.transaction():
@@ -263,13 +263,15 @@ class Engine(Session):
                     len(candidates) - len(free),
                 )
             for row in free:
-                verdict = judge(row.status)
+                verdict = judge(row)
+                if verdict is None:
+                    continue
                 if self.compare_and_set(source, row, [row.status], verdict.status, verdict.note):
                     recovered.append((row, verdict.status))
         return recovered
 
     def _recover_one_by_one(
-        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Status], Verdict]
+        self, source: Source[M], candidates: list[Candidate], judge: Callable[[Candidate], Verdict | None]
     ) -> list[tuple[Candidate, Status]]:
         recovered: list[tuple[Candidate, Status]] = []
         for row in candidates:

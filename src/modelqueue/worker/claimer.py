@@ -89,11 +89,12 @@ class Claimer:
         lane = turn.lane
         try:
             source = lane.queue.source()
+            keeper_for(source.using).reserve()
             claims: list[Claim[Any]] = verbs.claim(source, turn.limit)
         except Exception as error:
             self._slots.failed(turn, self._troubles.begun(lane, "claimed", error))
             return
-        self._troubles.ended(lane)
+        self._troubles.ended(lane, "claimed")
         self._slots.claimed(turn, len(claims))
         for claim in claims:
             running = self._register.add(lane, lane.queue.attempt(claim, source))
@@ -121,34 +122,38 @@ class Claimer:
 
     def _recover(self, turn: Turn) -> None:
         lane = turn.lane
+        lane.suspects.forget_old()
         try:
-            verbs.recover(lane.queue.source(), lane.queue.recovery())
+            verbs.recover(lane.queue.source(), lane.queue.recovery(), is_certain=lane.suspects.confirm)
         except Exception as error:
+            lane.suspects.forget_all()
             self._slots.failed(turn, self._troubles.begun(lane, "recovered", error))
+        else:
+            self._troubles.ended(lane, "recovered")
 
 
 class _Troubles:
-    """Queues of which nothing can be claimed, so that it is told once and asked ever less often.
+    """Queues of which nothing can be claimed, or recovered: that is told once, and tried ever less often.
 
     The database is away, or a queue alone is broken: its table is missing, perhaps.
     """
 
     def __init__(self) -> None:
-        self._pause: dict[str, float] = {}
+        self._pause: dict[tuple[str, str], float] = {}
 
     def begun(self, lane: Lane, what: str, error: Exception) -> float:
         """Note an error; return for how many seconds to wait."""
         name = lane.queue.name
-        pause = self._pause.get(name)
+        pause = self._pause.get((name, what))
         if pause is None:
             fault = None if isinstance(error, Error) else error
             logger.warning("%s: its tasks can not be %s, trying again: %s", name, what, error, exc_info=fault)
         pause = min(2 * pause, _LONGEST_PAUSE) if pause else _FIRST_PAUSE
-        self._pause[name] = pause
+        self._pause[name, what] = pause
         return random.uniform(pause / 2, pause)  # noqa: S311  (jitter)
 
-    def ended(self, lane: Lane) -> None:
+    def ended(self, lane: Lane, what: str) -> None:
         """Note that there is none any more."""
         name = lane.queue.name
-        if self._pause.pop(name, None) is not None:
-            logger.warning("%s: its tasks can be claimed again.", name)
+        if self._pause.pop((name, what), None) is not None:
+            logger.warning("%s: its tasks can be %s again.", name, what)

@@ -15,6 +15,7 @@ from typing import Any
 
 from modelqueue.queues import Queue
 from modelqueue.worker.options import ASYNC_SLOTS
+from modelqueue.worker.suspects import Suspects
 
 __all__ = ["Lane", "Slots", "Turn"]
 
@@ -37,6 +38,7 @@ class Lane:
         self.is_wanted = True
         #: Is there perhaps something to recover?
         self.has_expired = False
+        self.suspects = Suspects()
         #: When it may have its next turn, by the monotonic clock, as the last one has failed.
         self.not_before = 0.0
 
@@ -162,14 +164,16 @@ class Slots:
             self._changed.notify()
 
     def failed(self, turn: Turn, pause: float) -> None:
-        """Take a turn again that has failed, after so many seconds; other queues have theirs meanwhile."""
+        """Put a turn off that has failed, by so many seconds; other queues have theirs meanwhile.
+
+        A claim is tried again then. A recovery only when its supervisor says so, who holds it back after an
+        outage: then all leases have expired.
+        """
         with self._changed:
             self._take(turn.lane, -turn.limit)
             self._left += turn.limit
             turn.lane.not_before = time.monotonic() + pause
-            if turn.is_recovery:
-                turn.lane.has_expired = True
-            else:
+            if not turn.is_recovery:
                 turn.lane.is_wanted = True
             self._changed.notify()
 

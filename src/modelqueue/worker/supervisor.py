@@ -397,7 +397,7 @@ class Supervisor:
         due, told = self._due or [], self._told
         self._told = due
         if self._expired:
-            chosen.send("recover", self._expired)
+            ready[0].send("recover", self._expired)  # the same one each time, as it looks twice
         again = [name for name in due if name in told]
         chosen.send("due", due)
         for child in ready:
