@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import logging
 import threading
 import time
 
@@ -202,7 +203,7 @@ def test_inside_a_transaction_of_the_caller_nothing_is_renewed():
 
 def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, monkeypatch):
     monkeypatch.setattr(leases, "_LINGER", 0.05)
-    own = Keeper()
+    own = Keeper("default")
     monkeypatch.setattr(modelqueue.execution, "keeper_for", lambda using: own)
     made = declare(Task, "status", name="tasks", lease=3 * SECOND)(see_renewed)
     Task.objects.bulk_create([Task(), Task()])
@@ -210,6 +211,49 @@ def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, mon
         made.run()
         wait_until(lambda: own._thread is None)
     assert made.tally()["finished"] == 2
+
+
+def test_connection_that_is_reserved_is_there_before_the_first_lease_and_after_the_last(declare, monkeypatch):
+    """Once many actions run, the server may have none left to give."""
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
+    keeper, tries = Keeper("default"), []
+    connect = Keeper._connect
+
+    def fail_once(self):
+        tries.append(1)
+        if len(tries) > 1:
+            connect(self)
+
+    monkeypatch.setattr(Keeper, "_connect", fail_once)
+    for _ in range(2):
+        keeper.reserve()
+    wait_until(lambda: keeper._is_connected)
+    time.sleep(0.2)
+    assert (keeper._is_connected, len(tries)) == (True, 2)
+    with keeper._changed:
+        keeper._is_reserved = False
+        keeper._changed.notify()
+    wait_until(lambda: keeper._thread is None)
+    assert not keeper._is_connected
+
+
+def test_database_that_gives_no_connection_to_reserve_is_asked_again(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "modelqueue")
+    keeper = Keeper("nowhere")
+    keeper._connect()
+    assert not keeper._is_connected
+    assert "gives no connection to renew leases" in caplog.text
+
+
+def test_keeper_whose_thread_has_died_begins_another():
+    keeper = Keeper("default")
+    keeper._thread = threading.Thread()
+    assert not keeper._thread.is_alive()
+    with keeper._changed:
+        keeper._see_to_thread()
+        assert keeper._thread.is_alive()
+        keeper._changed.notify()
+    wait_until(lambda: keeper._thread is None)
 
 
 def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(declare, monkeypatch):
@@ -234,7 +278,7 @@ def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(decla
 def test_lease_that_is_kept_again_is_renewed_at_once_also_by_a_new_thread(declare, monkeypatch):
     monkeypatch.setattr(leases, "_LINGER", 0.05)
     monkeypatch.setattr(leases, "_SHARE", 1)
-    keeper = Keeper()
+    keeper = Keeper("default")
     made = declare(Task, "status", name="tasks")(lambda task: None)
     task = Task.objects.create()
     source = made.source()
@@ -293,7 +337,7 @@ def test_connection_of_the_keeper_lasts_while_it_holds_a_lease_and_no_longer(dec
 
 @pytest.mark.parametrize("lease", [dt.timedelta(days=10**8), dt.timedelta.max])
 def test_lease_that_is_longer_than_a_thread_can_wait_costs_no_other_its_renewal(lease, declare, monkeypatch):
-    own = Keeper()
+    own = Keeper("default")
     monkeypatch.setattr(modelqueue.execution, "keeper_for", lambda using: own)
     long = declare(Paper, "status", name="papers", lease=lease)(lambda paper: time.sleep(0.1))
     paper = Paper.objects.create()
@@ -316,7 +360,7 @@ def test_end_of_a_lease_waits_no_longer_for_its_renewal_than_it_may(declare, mon
         return renewals[-1]
 
     monkeypatch.setattr(verbs, "renew", slow)
-    keeper = Keeper()
+    keeper = Keeper("default")
     made = declare(Task, "status", name="tasks", lease=3 * SECOND)(lambda task: None)
     task = Task.objects.create()
     source = made.source()
@@ -334,7 +378,7 @@ def test_end_of_a_lease_waits_no_longer_for_its_renewal_than_it_may(declare, mon
 
 def test_nothing_is_asked_where_the_last_lease_has_ended_meanwhile(declare):
     """While the leases of another queue were renewed, for example."""
-    keeper = Keeper()
+    keeper = Keeper("default")
     made = declare(Task, "status", name="tasks")(lambda task: None)
     Task.objects.create()
     source = made.source()

@@ -29,7 +29,7 @@ logger = logging.getLogger("modelqueue")
 #: Renewals in the length of a lease, so that one or two may fail.
 _SHARE = 3
 #: Seconds after which a renewal is tried again of rows that are locked, or when the database is away.
-_SOON = 1.0
+_SOON = 0.5
 #: Seconds that who wants a renewal at once waits for it.
 _PATIENCE = 5.0
 #: Seconds for which the thread waits for a next lease, as to start one takes longer than a short task.
@@ -140,7 +140,8 @@ class Keeper:
     Its thread begins with the first lease and ends after the last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, using: str) -> None:
+        self._using = using
         self._groups: dict[tuple[Any, ...], _Group] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -148,6 +149,8 @@ class Keeper:
         self._looks_at = 0.0
         #: Has its thread a connection? It keeps it while it holds a lease, as it may not get another.
         self._is_connected = False
+        #: Does it keep it also while it holds none?
+        self._is_reserved = False
 
     def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
@@ -173,6 +176,14 @@ class Keeper:
         self.look_at(group)
         return lease
 
+    def reserve(self) -> None:
+        """Have a connection from now on: once the actions run, the server may have none left to give."""
+        with self._changed:
+            if not self._is_reserved:
+                self._is_reserved = True
+                self._see_to_thread()
+                self._changed.notify()
+
     def rest(self) -> None:
         """Nothing is held in a group: let go of the connection, if nothing is in any other."""
         if self._is_connected:  # else there is nothing to wake up for
@@ -182,15 +193,18 @@ class Keeper:
     def look_at(self, group: _Group) -> None:
         """See to it that the thread does not miss when a group is due."""
         with self._changed:
-            if self._thread is None:
-                thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
-                thread.start()
-                self._thread = thread
-            elif group.due < self._looks_at:
+            self._see_to_thread()
+            if group.due < self._looks_at:
                 self._changed.notify()
 
+    def _see_to_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            thread = threading.Thread(target=self._work, name="modelqueue-leases", daemon=True)
+            thread.start()
+            self._thread = thread
+
     def renew_now(self, group: _Group) -> None:
-        """Renew the leases of a group, and wait until that is done, or has failed."""
+        """Renew the leases of a group, and wait until that is done, but not for long."""
         times = group.times
         with self._changed:
             group.due = 0.0
@@ -209,6 +223,14 @@ class Keeper:
             with self._changed:
                 self._changed.notify_all()
 
+    def _connect(self) -> None:
+        try:
+            connections[self._using].ensure_connection()
+        except Exception as error:
+            logger.debug("The database %r gives no connection to renew leases: %s", self._using, error)
+        else:
+            self._is_connected = True
+
     def _close_connections(self) -> None:
         self._is_connected = False
         with suppress(Exception):  # of one that is dead
@@ -216,15 +238,17 @@ class Keeper:
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
+        if self._is_reserved and not self._is_connected:
+            self._connect()
         with self._changed:
-            if (pause := self._pause()) is None:
+            if (pause := self._pause()) is None and not self._is_reserved:
                 self._close_connections()
                 self._sleep(_LINGER)
                 pause = self._pause()
-            if pause is None:
+            if pause is None and not self._is_reserved:
                 self._thread = None
                 return False
-            self._sleep(pause)
+            self._sleep(_LINGER if pause is None else pause)
             return True
 
     def _sleep(self, seconds: float) -> None:
@@ -249,4 +273,4 @@ _making = threading.Lock()
 def keeper_for(using: str) -> Keeper:
     """Return that of this process for a database alias."""
     with _making:
-        return _keepers.setdefault(using, Keeper())
+        return _keepers.setdefault(using, Keeper(using))
