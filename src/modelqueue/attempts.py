@@ -256,11 +256,17 @@ class Attempt(Generic[M]):
         if choose is None or task is None or status is None:
             return outcome
         _wait_until(status.priority)  # what may run at once is due when the queue is asked
-        try:
+
+        def ask() -> int | dt.datetime:
             with transaction.atomic(using=self.source.using) if self.is_outer else nullcontext():
-                priority = choose(task, priority_to_datetime(status.priority) or now())
+                return choose(task, priority_to_datetime(status.priority) or now())
+
+        try:
+            priority = self.engine.patiently(ask, reconnect=True)
             chosen = Status.combine(State.waiting, priority, status.attempts)
         except BaseException as wrong_priority:  # SystemExit too: the row must not stay working
+            if isinstance(wrong_priority, Error) and self.engine.is_of_the_database_itself(wrong_priority):
+                raise  # no fault of the hook; nor could an outcome be written now
             wrong_priority.__cause__ = outcome.error
             return failed(self.lease, wrong_priority, self.policy, now())
         return replace(outcome, status=chosen, is_placed=True)
@@ -628,7 +634,8 @@ class AtomicAttempt(Attempt[M]):
             try:
                 opened = self.engine.patiently(self.hold, reconnect=True)
             except Error as unavailable:
-                return self.record(Outcome("release", self.claim.row.status, unavailable))
+                self.decided = Outcome("release", self.claim.row.status, unavailable)
+                return self.record(self.decided)
             if opened is None:
                 return self.lose(Outcome("release", self.claim.row.status))
             transaction_of_ours, place = opened
@@ -640,6 +647,8 @@ class AtomicAttempt(Attempt[M]):
                     "Leave every transaction that a hook begins."
                 )
         except BaseException as error:
+            if self.decided is not None:  # before the action was called, but not written
+                raise
             return self.fail(error, success)
         finally:
             self.close()
@@ -722,7 +731,8 @@ class AtomicAttempt(Attempt[M]):
         self.restore_own_connection()
         if success is None or not self.is_committed:
             self.undo()
-            failed, is_written = self.write_or_fail(self.decide(error))
+            self.decided = self.decide(error)
+            failed, is_written = self.write_or_fail(self.decided)
             if is_written or success is None or self.read() != success.stored:
                 self.conclude(failed, is_written)
                 return failed

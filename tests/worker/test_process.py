@@ -9,16 +9,17 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from django.db import IntegrityError, OperationalError, connections, transaction
+from django.db import IntegrityError, InternalError, OperationalError, connections, transaction
 
 import modelqueue
-from modelqueue import State, Status, attempts, leases, verbs
+from modelqueue import Retry, State, Status, attempts, leases, verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.engines import Engine, engine_for
 from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
+from modelqueue.worker.suspects import Suspects
 from tests.actions import SECOND, heard, row, stored, succeed, unexpected
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Job, Ledger, Paper, PrintJob, Task
@@ -81,6 +82,10 @@ def start(monkeypatch):
     for keeper in leases._keepers.values():  # of tasks that were left: else they are renewed for ever
         for group in keeper._groups.values():
             group.held.clear()
+        with keeper._changed:  # nor is a connection to be kept, as by a process
+            keeper._is_reserved = False
+            keeper._changed.notify_all()
+        wait_until(lambda one=keeper: not one._is_connected)
 
 
 def make(title="", **options):
@@ -128,9 +133,28 @@ def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
 def test_abandoned_tasks_are_recovered_when_the_supervisor_says_so(start):
     process = start("testapp.do_errand")
     errand = make(status=Status.working(5))
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    wait_until(lambda: stored(errand).state == State.waiting)
+
+    def is_recovered():
+        process.pipe.send(("recover", ["testapp.do_errand"]))
+        return stored(errand).state == State.waiting
+
+    wait_until(is_recovered)
     assert stored(errand).attempts == 1
+
+
+def test_expired_row_is_left_alone_until_it_was_seen_twice(start, monkeypatch):
+    """A transaction had locked it for longer than the lease, perhaps, and its worker is about to renew it."""
+    seen = []
+    confirm = Suspects.confirm
+    monkeypatch.setattr(Suspects, "confirm", lambda self, row: seen.append(row) or confirm(self, row))
+    process = start("testapp.do_errand")
+    errand = make(status=Status.working(5))
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    wait_until(lambda: seen)
+    other = make()
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(other).state == State.finished)
+    assert stored(errand) == Status.working(5)
 
 
 def test_process_says_how_many_tasks_it_runs(start):
@@ -583,6 +607,63 @@ def test_outcome_that_is_refused_for_long_is_given_up(start, monkeypatch, caplog
     assert "it is left to its recovery" in caplog.text
 
 
+def test_outcome_is_not_given_up_because_the_database_was_away_for_long_before_it_refused_it(
+    start, monkeypatch
+):
+    """A standby that takes over answers at first, but writes nothing."""
+    monkeypatch.setattr(completer, "_LONGEST_REFUSAL", 0.3)
+    began, settle = [], Attempt.settle
+
+    def settle_late(self, error):
+        began.append(time.monotonic())
+        if time.monotonic() < began[0] + 0.5:
+            raise OperationalError("away")
+        if len(refused) < 1:
+            refused.append(time.monotonic())
+            raise InternalError("read-only")
+        return settle(self, error)
+
+    refused = []
+    monkeypatch.setattr(Attempt, "settle", settle_late)
+    monkeypatch.setattr(Engine, "meets_everybody", lambda self, error: isinstance(error, OperationalError))
+    errand = make()
+    process = start("testapp.do_errand")
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert refused
+    assert stored(errand).state == State.finished
+
+
+def test_attempt_is_not_charged_when_its_queue_can_not_choose_a_priority_as_the_database_is_away(
+    start, declare, monkeypatch
+):
+    tries = []
+
+    def choose(task, moment):
+        tries.append(1)
+        if len(tries) < 3:
+            raise OperationalError("away")
+        return moment
+
+    def once(task):
+        if len(tries) == 0:
+            raise Retry
+
+    monkeypatch.setattr(
+        Engine, "is_of_the_database_itself", lambda self, error: isinstance(error, OperationalError)
+    )
+    monkeypatch.setattr(Engine, "patiently", lambda self, function, reconnect=False: function())
+    declare(Task, "status", name="tasks", retry=0, next_priority=choose)(once)
+    task = Task.objects.create()
+    process = start("tasks")
+
+    def is_finished():
+        process.pipe.send(("due", ["tasks"]))
+        return stored(task).state == State.finished
+
+    wait_until(is_finished)
+    assert (len(tries), stored(task).attempts) == (3, 1)
+
+
 def test_what_was_decided_stands_when_it_is_written_later(start, declare, monkeypatch):
     def put_back(task):
         task.status = Status.created(7)
@@ -667,7 +748,9 @@ def test_claim_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, c
 def test_recovery_that_fails_stops_nothing(error, start, monkeypatch):
     calls = []
     recover = failing(1, verbs.recover, error)
-    monkeypatch.setattr(verbs, "recover", lambda *arguments: calls.append(1) or recover(*arguments))
+    monkeypatch.setattr(
+        verbs, "recover", lambda *arguments, **options: calls.append(1) or recover(*arguments, **options)
+    )
     process = start("testapp.do_errand")
     process.pipe.send(("recover", ["testapp.do_errand"]))
     wait_until(lambda: calls)
@@ -735,6 +818,25 @@ def test_coroutine_that_is_canceled_by_itself_has_failed(start, declare):
     wait_until(lambda: stored(task).state == State.canceled)
 
 
+def test_coroutine_that_had_ended_when_it_was_canceled_has_ended_well():
+    class Ended:
+        def cancelled(self):
+            return False
+
+        def exception(self):
+            return None
+
+        def result(self):
+            return None, asyncio.CancelledError()
+
+    put = []
+    one = loop.Loop(SimpleNamespace(put=lambda running, error: put.append((running, error))))
+    one._tasks["running"] = Ended()
+    one._canceled.add("running")
+    one._end("running", Ended())
+    assert put == [("running", None)]
+
+
 def test_coroutine_that_is_canceled_before_it_has_begun_is_given_back(start, monkeypatch):
     """Its slot would be taken for ever."""
     begin = loop.Loop._begin
@@ -792,8 +894,38 @@ def test_task_that_can_be_neither_begun_nor_given_back_is_left_to_the_supervisor
     assert (left.row.pk, left.row.status, left.leases) == (errand.pk, Status.waiting(5), {stored(errand)})
 
 
+def test_outcome_of_an_atomic_action_that_can_not_be_written_is_written_later(start, declare, monkeypatch):
+    def fail(task):
+        raise ValueError("no")
+
+    monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(2, AtomicAttempt.write_or_fail))
+    declare(Task, "status", name="tasks", atomic=True, retry=0)(fail)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"fail": 1})
+    assert (stored(task).state, stored(task).attempts) == (State.canceled, 1)
+
+
+def test_atomic_attempt_that_could_not_begin_as_the_database_was_away_is_not_charged(
+    start, declare, monkeypatch
+):
+    monkeypatch.setattr(AtomicAttempt, "hold", failing(1, AtomicAttempt.hold))
+    monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(2, AtomicAttempt.write_or_fail))
+    declare(Task, "status", name="tasks", atomic=True, retry=0)(succeed)
+    task = Task.objects.create()
+    process = start("tasks")
+
+    def is_finished():
+        process.pipe.send(("due", ["tasks"]))
+        return stored(task).state == State.finished
+
+    wait_until(is_finished)
+    assert stored(task).attempts == 1
+    wait_until(lambda: process.ended() == {"release": 1, "finish": 1})
+
+
 @pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
-def test_atomic_action_whose_outcome_can_not_be_written_is_left_to_its_recovery(
+def test_atomic_action_of_which_nothing_can_be_decided_is_left_to_its_recovery(
     error, start, declare, monkeypatch, caplog
 ):
     """It was rolled back, so nothing is lost with it."""
@@ -803,7 +935,7 @@ def test_atomic_action_whose_outcome_can_not_be_written_is_left_to_its_recovery(
         if task == first:
             raise ValueError("no")
 
-    monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(1, AtomicAttempt.write_or_fail, error))
+    monkeypatch.setattr(AtomicAttempt, "decide", failing(1, AtomicAttempt.decide, error))
     declare(Task, "status", name="tasks", atomic=True)(act)
     first, second = Task.objects.create(), Task.objects.create()
     process = start("tasks", threads=1)

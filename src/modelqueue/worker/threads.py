@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from django.db import connections
+from django.db.utils import Error
 
 from modelqueue.attempts import AtomicAttempt
 from modelqueue.engines import engine_for
@@ -86,9 +87,13 @@ class Threads:
                 self._completer.put(running, attempt.claim.error)
             else:
                 self._completer.put(running, attempt.act(guard, attempt.task))
-        except BaseException:  # of the database, with atomic=True
-            logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
-            self._finish(running, "lost")
+        except BaseException as error:  # with atomic=True
+            if isinstance(error, Error) and attempt.decided is not None:
+                attempt.waits = False
+                self._completer.put(running, error)
+            else:
+                logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
+                self._finish(running, "lost")
         self._restore_others(running)
         _close_old_connections(is_idle=False)
         with self._lock:
