@@ -123,6 +123,19 @@ def test_no_more_tasks_are_claimed_than_the_process_may_run(unused):
     assert is_waiting(slots)
 
 
+def test_what_a_claim_may_take_is_used_up_only_once_it_is_taken():
+    """Else a process that has nothing to do, or no connection yet, would be replaced without end."""
+    slots = Slots([lane("a")], 4, most_tasks=4)
+    turn = slots.next()
+    assert turn.limit == 4
+    assert not slots.is_used_up
+    slots.claimed(turn, 0)
+    assert not slots.is_used_up
+    slots.want(["a"])
+    assert turns(slots, 1) == [("a", 4)]
+    assert slots.is_used_up
+
+
 def test_stop_ends_the_turns_at_once():
     slots = Slots([lane("a")], 4)
     slots.stop()

@@ -65,8 +65,8 @@ class Slots:
 
     def __init__(self, lanes: list[Lane], threads: int, most_tasks: int | None = None) -> None:
         self._lanes = lanes
-        #: How many more tasks may be claimed at all.
-        self._left = math.inf if most_tasks is None else most_tasks
+        #: How many more tasks may be claimed at all: less those that a claim under way may take, and as it is.
+        self._left = self._unclaimed = math.inf if most_tasks is None else most_tasks
         self._by_name = {lane.queue.name: lane for lane in lanes}
         self._was_recovery = False
         self._threads = self._free_threads = threads
@@ -159,6 +159,7 @@ class Slots:
         with self._changed:
             self._take(turn.lane, count - turn.limit)
             self._left += turn.limit - count
+            self._unclaimed -= count
             if count == turn.limit:
                 turn.lane.is_wanted = True
             self._changed.notify()
@@ -181,7 +182,7 @@ class Slots:
     def is_used_up(self) -> bool:
         """Whether as many tasks were claimed as may be at all."""
         with self._changed:
-            return self._left <= 0
+            return self._unclaimed <= 0
 
     def freed(self, lane: Lane) -> None:
         """A task has ended."""
