@@ -45,7 +45,7 @@ class Played(Child):
         self.answered_at = self.began
         self.reason = self.kill_at = None
         self.left = []
-        self.running = self._unanswered = 0
+        self.running = self._unanswered = self._awaited = 0
         self.answers = True
         self.heard = []
         self.started.append(self)
@@ -430,6 +430,50 @@ def test_drain_ends_when_nothing_is_due_and_no_process_is_at_work(left_due, code
     child.die(0)
     wait_until(lambda: game.codes == [code])
     assert game.said == ["Nothing is due any more."]
+
+
+def drain_with_one_ready(play):
+    game = play(drain=True)
+    child = game.children[0]
+    child.say("ready")
+    wait_until(lambda: child.is_ready)
+    return game, child
+
+
+def is_told_to_stop(child):
+    return any(message[0] == "stop" for message in child.heard)
+
+
+def wait_for_looks(game, count):
+    until = game.supervisor._looks + count
+    wait_until(lambda: game.supervisor._looks >= until)
+
+
+def test_drain_waits_for_a_process_that_runs_its_last_tasks(play):
+    """It said that it runs nothing before it took them, and says no more."""
+    game, child = drain_with_one_ready(play)
+    child.say("full", "has run 1 task")
+    wait_until(lambda: len(game.children) == 2)
+    other = game.children[1]
+    other.say("ready")
+    until = game.supervisor._looks + 8
+    wait_until(lambda: other.listen() or game.supervisor._looks >= until)
+    assert not game.said
+    child.say("ended", {"finish": 1})
+    child.die(0)
+    wait_until(lambda: other.listen() or is_told_to_stop(other))
+    other.die(0)
+    wait_until(lambda: game.codes == [0])
+
+
+def test_drain_waits_for_the_answer_of_each_process(play):
+    """Who says nothing is busy, perhaps, with what it claimed after its last answer."""
+    game, child = drain_with_one_ready(play)
+    wait_for_looks(game, 8)
+    assert not game.said
+    wait_until(lambda: child.listen() or is_told_to_stop(child))
+    child.die(0)
+    wait_until(lambda: game.codes == [0])
 
 
 def test_drain_that_has_left_out_a_queue_is_no_success(monkeypatch):

@@ -77,6 +77,8 @@ class Child:
         #: How many slots are taken, as it said last.
         self.running = 0
         self._unanswered = 0
+        #: How many of its answers are to come until one is to a message that was sent after `doubt`.
+        self._awaited = 0
 
     def send(self, *message: Any) -> None:
         """Send a message, unless it has not taken the last ones: nobody waits for a process that hangs."""
@@ -97,8 +99,13 @@ class Child:
         self.kill_at = min(kill_at, self.kill_at or kill_at)
         self.is_stopping = True
 
+    def doubt(self) -> None:
+        """Take what it has said so far for old: from now on its next answer is waited for."""
+        self._awaited = self._unanswered + 1
+
     def answered(self, running: int) -> None:
         self._unanswered -= 1
+        self._awaited -= 1
         self.answered_at = time.monotonic()
         self.running = running
 
@@ -106,6 +113,16 @@ class Child:
     def is_at_work(self) -> bool:
         """Say whether it takes tasks, or soon will."""
         return not self.is_stopping and self.reason is None
+
+    @property
+    def is_idle(self) -> bool:
+        """Say whether it runs nothing, as far as it has said; one that is to be replaced runs its last."""
+        return self.is_ready and self.reason is None and not self.running
+
+    @property
+    def has_answered(self) -> bool:
+        """Say whether it has answered a message that was sent after `doubt`."""
+        return self._awaited <= 0
 
     @property
     def has_ended(self) -> bool:
@@ -407,15 +424,20 @@ class Supervisor:
                 child.send("due", again)
 
     def _see_whether_drained(self) -> None:
-        """Stop when no process is at work, and a look that began after that finds nothing due."""
+        """Stop when no process is at work, and a look that began after that finds nothing due.
+
+        What a process has said before does not count: it may have claimed since, and be too busy to say so.
+        """
         if not self._options.drain or self._stopped_at is not None or self._due is None:
             return
-        is_at_work = any(child.running or not child.is_ready for child in self._children)
+        is_at_work = not all(child.is_idle for child in self._children)
         if self._due or self._expired or is_at_work or time.monotonic() < self._drained_from:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = self._looks
-        elif self._looks >= self._idle_since + 3:
+            for child in self._children:
+                child.doubt()
+        elif self._looks >= self._idle_since + 3 and all(child.has_answered for child in self._children):
             self._stops = max(self._stops, 1)
             self._stop_if_told("Nothing is due any more.")
 
