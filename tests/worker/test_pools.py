@@ -29,3 +29,13 @@ def test_pool_that_is_too_small_is_told(pool, queues, texts, monkeypatch):
     found = too_small_pools(queues, Options(names=()))
     assert len(found) == len(texts)
     assert all(text in one for text, one in zip(texts, found, strict=True))
+
+
+def test_queue_whose_callable_fails_is_left_out(monkeypatch):
+    def away():
+        raise LookupError("away")
+
+    monkeypatch.setattr(do_errand, "source", away)
+    monkeypatch.setitem(connections["default"].settings_dict["OPTIONS"], "pool", {"max_size": 7})
+    found = too_small_pools([do_errand, review], Options(names=()))
+    assert ["Set max_size of the pool to 207," in text for text in found] == [True]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ class Played(Child):
         self.began = time.monotonic()
         self.is_ready = self.is_stopping = self.has_run_tasks = False
         self.answered_at = self.began
-        self.reason = self.kill_at = None
+        self.reason = self.kill_at = self._grace = None
         self.left = []
         self.running = self._unanswered = self._awaited = 0
         self.answers = True
@@ -59,6 +60,11 @@ class Played(Child):
             self.heard.append(self.theirs.recv())
             if self.answers:
                 self.say("answer", 0)
+
+    def listen_to_the_end(self):
+        with suppress(EOFError):
+            while self.theirs.poll():
+                self.heard.append(self.theirs.recv())
 
     def die(self, code):
         if self.process.exitcode is None:
@@ -146,6 +152,35 @@ def test_full_processes_that_do_not_end_are_not_replaced_without_end(play):
     assert len(game.children) == 2
     game.children[0].die(0)
     wait_until(lambda: len(game.children) == 3)
+
+
+def test_standstill_as_all_processes_run_their_last_tasks_is_told_once(play, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_LONGEST_STANDSTILL", 0.1)
+    monkeypatch.setattr(module, "_TICK", 0.05)
+    game = play()
+    for count in (1, 2):
+        wait_until(lambda count=count: len(game.children) == count)
+        game.children[-1].say("full", "has run 100 tasks")
+    told = "Nothing is claimed: 2 processes are to be replaced and run their last tasks"
+    wait_until(lambda: told in caplog.text)
+    game.children[0].die(0)
+    wait_until(lambda: len(game.children) == 3)
+    game.children[2].say("full", "has run 100 tasks")
+    wait_until(lambda: game.children[2].reason)
+    wait_for_looks(game, 5)
+    assert caplog.text.count(told) == 1
+
+
+def test_full_process_that_dies_is_no_ordinary_replacement(play, caplog):
+    game = play()
+    full = game.children[0]
+    full.say("ended", {"finish": 5})
+    full.say("full", "has run 5 tasks")
+    wait_until(lambda: full.reason)
+    full.die(1)
+    wait_until(lambda: game.said)
+    assert f"What {full.pid} was running is taken back when its leases have run out" in game.said[0]
+    assert f"Process {full.pid} of the worker exited with code 1." in caplog.text
 
 
 def test_process_that_is_full_before_it_has_run_a_task_is_replaced_after_a_pause(play, monkeypatch):
@@ -287,6 +322,8 @@ def test_second_stop_leaves_no_grace(play):
     game.supervisor.stop()
     wait_until(lambda: not game.thread.is_alive())
     assert "Stopping now." in game.said
+    game.children[0].listen_to_the_end()
+    assert game.children[0].heard == [("stop", 60.0), ("stop", 0.0)]
 
 
 def left_by(child, errand):
@@ -407,11 +444,76 @@ def test_error_of_its_own_leaves_no_process_behind(ends_by_itself, code, play, m
     game = play()
     child = game.children[0]
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    if ends_by_itself:
-        child.process.join = lambda timeout=None: child.die(0)
     monkeypatch.setattr(game.supervisor, "_write_health", lambda: 1 / 0)
+    if ends_by_itself:
+        wait_until(lambda: child.listen() or is_told_to_stop(child))
+        child.die(0)
     wait_until(lambda: not game.thread.is_alive())
     assert child.process.exitcode == code
+
+
+def test_error_of_its_own_while_it_ends_after_another_leaves_no_process_behind(play, monkeypatch):
+    game = play()
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(game.supervisor, "_bury", lambda: 1 / 0)
+    wait_until(lambda: not game.thread.is_alive())
+    assert game.children[0].process.exitcode == -9
+
+
+def test_what_processes_leave_after_an_error_of_its_own_is_given_back(play, monkeypatch):
+    game = play()
+    child = game.children[0]
+    errand = Errand.objects.create(status=Status.working())
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(game.supervisor, "_ended", lambda counts: 1 / 0)
+    child.say("ended", {"finish": 1})
+    wait_until(lambda: child.listen() or ("stop", 0.0) in child.heard)
+    child.say("ended", {"finish": 1})
+    child.say("left", [left_by(child, errand)])
+    child.die(0)
+    wait_until(lambda: not game.thread.is_alive())
+    assert stored(errand) == Status.waiting(5)
+
+
+def test_callable_of_a_queue_is_not_asked_when_a_process_dies(play, monkeypatch):
+    """It may need a database that is away."""
+    game = play()
+    monkeypatch.setattr(do_errand, "recovery", lambda: 1 / 0)
+    game.children[0].die(1)
+    wait_until(lambda: len(game.children) == 2)
+    assert "is taken back when its leases have run out, in " in game.said[0]
+
+
+def test_lease_of_a_queue_whose_callable_fails_is_the_declared_one(monkeypatch):
+    monkeypatch.setattr(do_errand, "recovery", lambda: 1 / 0)
+    assert module._longest_lease(do_errand) == do_errand.lease.total_seconds()
+
+
+def test_counts_that_nobody_reads_end_nothing(play, monkeypatch):
+    def broken(counts):
+        raise BrokenPipeError
+
+    game = play()
+    child = game.children[0]
+    monkeypatch.setattr(game.supervisor, "_ended", broken)
+    child.say("ended", {"finish": 1})
+    child.say("ready")
+    wait_until(lambda: child.is_ready)
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+def test_process_that_can_not_be_killed_ends_nothing(error, monkeypatch):
+    """Its fork server died, so only the system knows whether it is there, and whose it is."""
+
+    def fail(pid, number):
+        raise error
+
+    child = Played(None)
+    child.process.exitcode = 255
+    monkeypatch.setattr(module, "is_alive", lambda pid: True)
+    monkeypatch.setattr(os, "kill", fail)
+    child.kill()
+    assert not child.has_ended
 
 
 @pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 1)])

@@ -23,7 +23,11 @@ def too_small_pools(queues: Iterable[Queue[Any]], options: Options) -> list[str]
     needed: dict[str, int] = {}
     for queue in queues:
         slots = (queue.slots or ASYNC_SLOTS) if queue.is_async else 0
-        needed[queue.using] = needed.get(queue.using, _OWN + options.threads) + slots
+        try:
+            using = queue.using
+        except Exception:  # noqa: S112  (of the callable that makes its queryset, which the prober tells)
+            continue
+        needed[using] = needed.get(using, _OWN + options.threads) + slots
     found = []
     for using, number in needed.items():
         size = _size(connections[using].settings_dict["OPTIONS"].get("pool"))

@@ -6,7 +6,6 @@ on.
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ _EXTRA = 4.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 #: Seconds after which a process counts as sound, so that its death is the first one again.
 _SOUND = 60.0
+#: Seconds for which nothing may be claimed as all processes run their last tasks, until that is told.
+_LONGEST_STANDSTILL = 10.0
 #: Seconds without a look of the prober, or an answer of any process, after which the worker is not well.
 _LONGEST_SILENCE = 30.0
 
@@ -66,8 +68,9 @@ class Child:
         self.pid = self.process.pid
         self.began = time.monotonic()
         self.is_ready = False
-        #: Was it told to stop?
+        #: Was it told to stop, and within how many seconds?
         self.is_stopping = False
+        self._grace: float | None = None
         #: Why it is to be replaced, if it has said so: it lets its tasks end, and stops by itself.
         self.reason: str | None = None
         self.has_run_tasks = False
@@ -92,12 +95,21 @@ class Child:
 
     def stop(self, grace: float) -> None:
         """Tell it to stop; whatever it does, it is killed some time after the grace."""
-        self._unanswered = min(self._unanswered, _MOST_UNANSWERED - 1)
-        if not self.is_stopping or grace == 0.0:  # once, and then at once
+        if self._grace is None or grace < self._grace:  # once, and then at once
+            self._grace = grace
+            self._unanswered = min(self._unanswered, _MOST_UNANSWERED - 1)
             self.send("stop", grace)
         kill_at = time.monotonic() + grace + _EXTRA
         self.kill_at = min(kill_at, self.kill_at or kill_at)
         self.is_stopping = True
+
+    def next_message(self) -> Any:
+        """Return what it has said next; None: nothing yet, or nothing any more."""
+        try:
+            return self.pipe.recv() if self.pipe.poll() else None
+        except (EOFError, OSError):  # it has died, which its sentinel tells
+            time.sleep(0.01)
+            return None
 
     def doubt(self) -> None:
         """Take what it has said so far for old: from now on its next answer is waited for."""
@@ -135,7 +147,9 @@ class Child:
         if self.process.exitcode is None:
             self.process.kill()
         elif not self.has_ended and self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)
+            # Without its fork server nobody knows of its end, and the pid may be that of another by now.
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -168,12 +182,18 @@ class Supervisor:
         self._looks = 0
         self._looks_told = 0
         self._told: list[str] = []
+        #: Seconds after which all that a dead process held has come back. Not asked for when one dies: that
+        #: takes code of the user, which may need a database that is away.
+        self._lease = 0.0
         self._code = 0
         self._stops = 0
         self._stopped_at: float | None = None
         self._deaths = 0
         self._start_at = 0.0
         self._turn = 0
+        #: Since when no process takes tasks, and no other one may be started.
+        self._stands_since: float | None = None
+        self._is_standstill_told = False
         self._giving_back: list[threading.Thread] = []
         self._is_stopping_now = False
         self._looked_at = 0.0
@@ -191,6 +211,7 @@ class Supervisor:
         """
         for text in too_small_pools(self._queues.values(), self._options):
             logger.warning(text)
+        self._lease = max(map(_longest_lease, self._queues.values()))
         restore = _nothing
         if handle_signals:
             restore = on_stop_signals(self.stop)
@@ -199,6 +220,7 @@ class Supervisor:
         try:
             while self._stopped_at is None or self._children:
                 self._start_missing()
+                self._tell_standstill()
                 self._wait()
                 self._bury()
                 self._stop_if_blind()
@@ -240,6 +262,24 @@ class Supervisor:
         at_work = sum(child.is_at_work for child in self._children)
         return at_work < most and len(self._children) < 2 * most
 
+    def _tell_standstill(self) -> None:
+        """Say once that nothing is claimed, and why, if that lasts."""
+        if self._stops or self._is_standstill_told or self._is_one_missing() or self._is_one_at_work():
+            self._stands_since = None
+        elif self._stands_since is None:
+            self._stands_since = time.monotonic()
+        elif time.monotonic() - self._stands_since > _LONGEST_STANDSTILL:
+            self._is_standstill_told = True
+            logger.warning(
+                "Nothing is claimed: %d processes are to be replaced and run their last tasks, and beside so "
+                "many no other one is started. Where tasks take long give more --processes, or raise "
+                "--max-tasks, --max-seconds or --max-memory.",
+                len(self._children),
+            )
+
+    def _is_one_at_work(self) -> bool:
+        return any(child.is_at_work for child in self._children)
+
     def _wait(self) -> None:
         """Wait until a process says something or dies, the prober has found something, or a signal came."""
         handles: dict[Any, Child | None] = {self._wake_reader: None}
@@ -255,11 +295,8 @@ class Supervisor:
                 self._receive(speaker)
 
     def _receive(self, child: Child) -> None:
-        try:
-            while child.pipe.poll():
-                self._hear(child, *child.pipe.recv())
-        except (EOFError, OSError):  # it has died, which its sentinel tells
-            time.sleep(0.01)
+        while message := child.next_message():
+            self._hear(child, *message)
 
     def _hear(self, child: Child, message: str, *arguments: Any) -> None:
         if message == "ready":
@@ -268,7 +305,8 @@ class Supervisor:
         elif message == "ended":
             child.has_run_tasks = True
             self._prober.look_again()
-            self._ended(Counter(*arguments))
+            with suppress(OSError):  # nobody reads of it any more
+                self._ended(Counter(*arguments))
         elif message == "full":
             (child.reason,) = arguments
         elif message == "left":
@@ -292,13 +330,13 @@ class Supervisor:
             child.pipe.close()
             self._children.remove(child)
             self._give_back(child.left)
-            if child.reason is not None:
+            if not child.is_stopping and (child.reason is None or child.process.exitcode != 0):
+                self._note_death(child)
+            elif child.reason is not None:
                 self._say(f"Process {child.pid} {child.reason} and is replaced.")
                 if not child.has_run_tasks:
                     self._say("It had run no task: the limit is too low. Raise it.")
                     self._pause()
-            elif not child.is_stopping:
-                self._note_death(child)
 
     def _note_death(self, child: Child) -> None:
         if time.monotonic() - child.began > _SOUND:
@@ -306,12 +344,10 @@ class Supervisor:
         logger.error("Process %s of the worker %s.", child.pid, describe_exit(child.process.exitcode))
         pause = self._pause()
         # What it held comes back when its leases are over.
-        leases = [queue.recovery().lease or dt.timedelta() for queue in self._queues.values()]
-        seconds = max(leases).total_seconds()
-        self._drained_from = time.monotonic() + seconds + 1.0
+        self._drained_from = time.monotonic() + self._lease + 1.0
         self._say(
             f"The next process starts in {pause:.1f} s. What {child.pid} was running is taken back when its "
-            f"leases have run out, in {seconds:.0f} s at most."
+            f"leases have run out, in {self._lease:.0f} s at most."
         )
 
     def _pause(self) -> float:
@@ -376,14 +412,20 @@ class Supervisor:
                 child.stop(grace)
 
     def _end_all(self) -> None:
-        """After an error of our own: stop what is left, and leave nothing behind."""
+        """After an error of our own: stop what is left, leave nothing behind, and give back what is left."""
+        if not self._children:
+            return
+        self._tell = self._ended = _nothing  # perhaps it was raised there
         for child in self._children:
             child.stop(0.0)
-        deadline = time.monotonic() + _EXTRA
-        for child in self._children:
-            child.process.join(max(0.0, deadline - time.monotonic()))
-            child.kill()
-            child.process.join()
+        try:
+            while self._children:
+                self._wait()
+                self._bury()
+        finally:
+            for child in self._children:
+                child.kill()
+                child.process.join()
 
     def _say(self, text: str) -> None:
         try:
@@ -476,5 +518,14 @@ class Supervisor:
             self._is_health_told = False
 
 
-def _nothing() -> None:
-    """Restore no signals."""
+def _longest_lease(queue: Queue[Any]) -> float:
+    """Return after how many seconds its abandoned tasks are taken back."""
+    try:
+        lease = queue.recovery().lease or queue.lease
+    except Exception:  # of the callable that makes its queryset, which the prober tells
+        lease = queue.lease
+    return lease.total_seconds()
+
+
+def _nothing(*_: Any) -> None:
+    """Restore no signals; tell nobody."""
