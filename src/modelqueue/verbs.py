@@ -108,15 +108,19 @@ def recover(
     return count
 
 
-def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
+def release(source: Source[Any], row: Candidate, leases: set[Status], waits: bool = True) -> bool:
     """Give a claimed task back uncharged: it waits as it did before the claim, and what that set is undone.
 
     Args:
         row: as it was before the claim.
         leases: what may stand in the row as long as it is ours.
+        waits: whether to wait for somebody who has locked the row.
 
     Returns:
         Whether it was still ours.
+
+    Raises:
+        RowLocked: somebody has locked it, and this does not wait.
     """
     latest = priority_to_datetime(max(leases).priority)
     deadline = time.monotonic() + 1.0
@@ -125,9 +129,15 @@ def release(source: Source[Any], row: Candidate, leases: set[Status]) -> bool:
             return False
         time.sleep(0.0005)  # so that its next claim gets another lease
     engine, before = engine_for(source.using), source.by_field(row.before)
-    return engine.patiently(
-        lambda: engine.compare_and_set(source, row, {*leases}, row.status, others=before), reconnect=True
-    )
+
+    def give_back() -> bool:
+        if waits:
+            return engine.compare_and_set(source, row, {*leases}, row.status, others=before)
+        with engine.transaction():
+            engine.lock_or_refuse(source.owner_rows().filter(pk=row.key))
+            return engine.compare_and_set(source, row, {*leases}, row.status, others=before)
+
+    return engine.patiently(give_back, reconnect=True)
 
 
 def cancel(queryset: Tasks[Any], field: str) -> int:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from django.db import OperationalError
+from django.db import OperationalError, connections, transaction
 
 from modelqueue import Status, verbs
 from modelqueue.engines import Candidate
@@ -355,8 +355,66 @@ def test_what_somebody_has_taken_from_a_dead_process_is_not_given_back(play, cap
     assert f"testapp.do_errand {taken.pk}" not in caplog.text
 
 
+@pytest.fixture
+def lock():
+    """Lock the row of a task by another connection; return what ends that."""
+    may_end, threads = threading.Event(), []
+
+    def lock(task):
+        is_locked = threading.Event()
+
+        def hold():
+            with transaction.atomic():
+                Errand.objects.select_for_update().get(pk=task.pk)
+                is_locked.set()
+                may_end.wait(60)
+            connections.close_all()
+
+        threads.append(threading.Thread(target=hold))
+        threads[-1].start()
+        assert is_locked.wait(30)
+        return may_end.set
+
+    yield lock
+    may_end.set()
+    for thread in threads:
+        thread.join(30)
+
+
+def leave(game, *errands):
+    """Have a process end that has left these."""
+    child = game.children[0]
+    child.say("left", [left_by(child, errand) for errand in errands])
+    wait_until(lambda: child.left)
+    child.die(0)
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_row_that_is_locked_keeps_no_other_from_being_given_back(play, lock):
+    game = play()
+    locked, free = (Errand.objects.create(status=Status.working()) for _ in range(2))
+    unlock = lock(locked)
+    leave(game, locked, free)
+    wait_until(lambda: stored(free) == Status.waiting(5))
+    assert stored(locked) == locked.status
+    unlock()
+    wait_until(lambda: stored(locked) == Status.waiting(5))
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_row_that_is_locked_for_long_is_left_to_its_recovery(play, lock, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_LONGEST_GIVE_BACK", 0.1)
+    game = play()
+    errand = Errand.objects.create(status=Status.working())
+    lock(errand)
+    leave(game, errand)
+    told = f"testapp.do_errand {errand.pk} can not be given back, as somebody has locked its row"
+    wait_until(lambda: told in caplog.text)
+    assert stored(errand) == errand.status
+
+
 def test_what_can_not_be_given_back_is_left_to_its_recovery(play, monkeypatch, caplog):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise OperationalError("away")
 
     monkeypatch.setattr(verbs, "release", fail)

@@ -22,6 +22,7 @@ from typing import Any
 from django.db import connections
 
 from modelqueue import verbs
+from modelqueue.engines import RowLocked
 from modelqueue.queues import Queue
 from modelqueue.worker import process
 from modelqueue.worker.options import Options
@@ -41,6 +42,8 @@ _MOST_UNANSWERED = 8
 _FORK_SERVER_DIED = 255
 #: Seconds for which tasks that were left are given back; what is locked for longer is recovered.
 _LONGEST_GIVE_BACK = 5.0
+#: Seconds between two tries to give back what is locked.
+_GIVE_BACK_PAUSE = 0.2
 #: Seconds that the loop waits at most for something to happen.
 _TICK = 0.5
 #: Seconds beyond the grace time after which a process that has not ended is killed.
@@ -360,26 +363,41 @@ class Supervisor:
     def _give_back(self, left: list[Left]) -> None:
         """Give tasks back whose process is dead, beside all else, as rows may be locked."""
         if left:
-            thread = threading.Thread(target=self._release, args=[left], daemon=True)
+            thread = threading.Thread(target=self._release_all, args=[left], daemon=True)
             thread.start()
             self._giving_back.append(thread)
 
     def _see_given_back(self) -> None:
         """Wait until all is given back, but not for longer than a moment."""
-        deadline = time.monotonic() + _LONGEST_GIVE_BACK
+        deadline = time.monotonic() + _LONGEST_GIVE_BACK + _GIVE_BACK_PAUSE
         for thread in self._giving_back:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _release(self, left: list[Left]) -> None:
-        for task in left:
-            try:
-                if verbs.release(self._queues[task.queue].source(), task.row, task.leases):
-                    logger.warning("%s %s did not end in time: given back.", task.queue, task.row.pk)
-            except Exception:
-                logger.exception(
-                    "%s %s can not be given back; it is recovered later.", task.queue, task.row.pk
-                )
+    def _release_all(self, left: list[Left]) -> None:
+        """Give back first what nobody has locked, as that holds up the others, and then the rest in time."""
+        deadline = time.monotonic() + _LONGEST_GIVE_BACK
+        locked = [task for task in left if not self._release(task)]
+        while locked and time.monotonic() < deadline:
+            time.sleep(_GIVE_BACK_PAUSE)
+            locked = [task for task in locked if not self._release(task)]
+        for task in locked:
+            logger.error(
+                "%s %s can not be given back, as somebody has locked its row; it is recovered later.",
+                task.queue,
+                task.row.pk,
+            )
         connections.close_all()  # those of this thread
+
+    def _release(self, task: Left) -> bool:
+        """Give a task back, if that can be done at all; return whether nobody has locked its row."""
+        try:
+            if verbs.release(self._queues[task.queue].source(), task.row, task.leases, waits=False):
+                logger.warning("%s %s did not end in time: given back.", task.queue, task.row.pk)
+        except RowLocked:
+            return False
+        except Exception:
+            logger.exception("%s %s can not be given back; it is recovered later.", task.queue, task.row.pk)
+        return True
 
     # Stopping
 
