@@ -17,6 +17,7 @@ from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.engines import Engine, engine_for
 from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
+from modelqueue.worker import supervisor as supervisor_module
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from modelqueue.worker.suspects import Suspects
@@ -443,6 +444,47 @@ def test_process_that_is_being_replaced_has_the_grace_time_from_when_it_is_told(
     end(process)
     process.thread.join(30)
     assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+    assert start.exits == []
+
+
+def test_last_moments_of_a_process_end_before_it_is_killed():
+    moments = process_module._LAST_MOMENTS + process_module._LAST_RENEWALS
+    assert moments + process_module._TICK * 3 < supervisor_module._EXTRA - 0.5
+
+
+def test_process_all_of_which_hangs_says_in_time_what_it_leaves(start, monkeypatch, declare):
+    """Else it is killed before that, and all of it is charged."""
+    monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.4)
+    monkeypatch.setattr(process_module, "_ONE_MOMENT", 0.2)
+    monkeypatch.setattr(process_module, "_LAST_RENEWALS", 0.1)
+    monkeypatch.setattr("modelqueue.worker.threads.interrupt_thread", lambda *arguments: None)
+    waited, go_on = [], threading.Event()
+
+    def hang(self, seconds):
+        waited.append(max(0.0, seconds))
+        time.sleep(waited[-1])
+        return False
+
+    declare(Task, "status", name="tasks")(lambda task: go_on.wait(60))
+    tasks = [Task.objects.create() for _ in range(3)]
+    process = start("tasks")
+    wait_until(lambda: all(stored(task).state == State.working for task in tasks))
+    interrupt, stop_completer = process._process._threads.interrupt, process._process._completer.stop
+
+    def begin_to_hang():  # the grace time is over
+        interrupt()
+        monkeypatch.setattr(process_module.Claimer, "join", hang)
+        monkeypatch.setattr(process_module.Register, "wait_for_all", hang)
+        monkeypatch.setattr(process_module.Completer, "stop", hang)
+        monkeypatch.setattr(leases.Lease, "end", hang)
+
+    monkeypatch.setattr(process._process._threads, "interrupt", begin_to_hang)
+    process.stop(0.1)
+    assert len(process.wait_for("left")[0]) == 3
+    assert len(waited) == 6
+    assert sum(waited) <= 0.51
+    go_on.set()
+    stop_completer(5.0)
 
 
 def test_process_that_is_being_replaced_outlives_its_supervisor_by_the_grace_time_alone(start, declare):
@@ -959,6 +1001,19 @@ def test_process_one_part_of_which_is_dead_ends(part, start, monkeypatch):
     process = start("testapp.do_errand")
     monkeypatch.setattr(type(getattr(process._process, f"_{part}")), "is_alive", False)
     wait_until(lambda: start.exits[:1] == [1])
+
+
+@pytest.mark.parametrize("part", ["loop", "completer"])
+def test_process_one_part_of_which_dies_while_it_runs_its_last_tasks_ends(part, start, monkeypatch):
+    """Else it would be there for ever, and its leases be renewed."""
+    make("doze 60")
+    process = start("testapp.do_errand", max_seconds=0.1)
+    wait_until(lambda: do_errand.tally()["working"] == 1)
+    process.wait_for("full")
+    assert start.exits == []
+    monkeypatch.setattr(type(getattr(process._process, f"_{part}")), "is_alive", False)
+    wait_until(lambda: start.exits[:1] == [1])
+    process.stop(0.0)
 
 
 # Leases

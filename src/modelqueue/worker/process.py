@@ -34,8 +34,12 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two reports to the supervisor.
 _TICK = 0.1
-#: Seconds that an interrupted action has to end, and the database to take the last outcomes.
-_LAST_MOMENTS = 1.0
+#: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end, and
+#: the database to take the last outcomes. The first two have so many at most, to leave some to the others.
+_LAST_MOMENTS, _ONE_MOMENT = 2.0, 1.0
+#: Seconds beyond that to see what is left. All this has to be well below what the supervisor allows beyond the
+#: grace time, or the process is killed before it has said what it leaves.
+_LAST_RENEWALS = 0.5
 
 
 def main(options: Options, pipe: Connection[Any, Any]) -> None:
@@ -44,7 +48,7 @@ def main(options: Options, pipe: Connection[Any, Any]) -> None:
     if not apps.ready:
         django.setup()
     Process(options, pipe).run()
-    end_without_fail(_LAST_MOMENTS)
+    end_without_fail(_ONE_MOMENT)
 
 
 class Process:
@@ -87,7 +91,8 @@ class Process:
 
     def _end_if_broken(self) -> None:
         """End, to be replaced, rather than go on with a part of it dead: its tasks are recovered."""
-        if not (self._claimer.is_alive and self._completer.is_alive and self._loop.is_alive):
+        is_claiming = self._claimer.is_alive or self._slots.is_stopped  # then it is to end
+        if not (is_claiming and self._completer.is_alive and self._loop.is_alive):
             logger.critical("A thread of this process has died by a fault of its own: to be replaced.")
             logging.shutdown()
             os._exit(1)
@@ -140,14 +145,17 @@ class Process:
         while not self._has_ended() and time.monotonic() < (self._deadline or 0.0):
             self._receive(0)
             self._report()
-        self._claimer.join(_LAST_MOMENTS)  # it may have claimed in the last moment
+            if self._deadline == math.inf:  # else it ends soon, and what is left is given back
+                self._end_if_broken()
+        deadline = time.monotonic() + _LAST_MOMENTS
+        self._claimer.join(_ONE_MOMENT)  # it may have claimed in the last moment
         self._threads.interrupt()
         self._loop.interrupt()
-        self._register.wait_for_all(_LAST_MOMENTS)
-        self._completer.stop(_LAST_MOMENTS)
-        self._claimer.join(_LAST_MOMENTS)  # what it claims after this, nobody would give back
+        self._register.wait_for_all(min(_ONE_MOMENT, deadline - time.monotonic()))
+        self._completer.stop(deadline - time.monotonic())
+        self._claimer.join(deadline - time.monotonic())  # what it claims after this, nobody would give back
         self._report()
-        if left := self._register.left():
+        if left := self._register.left(deadline + _LAST_RENEWALS - time.monotonic()):
             self._send("left", left)
             logging.shutdown()
             os._exit(0)  # with its actions, which nothing else ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -12,10 +13,6 @@ from modelqueue.status import Status
 from modelqueue.worker.slots import Lane, Slots
 
 __all__ = ["Left", "Register", "Running"]
-
-
-#: Seconds to wait for a renewal that is under way when nothing goes on after it.
-_LONGEST_RENEWAL = 1.0
 
 
 class Running:
@@ -46,7 +43,6 @@ class Register:
         self._changed = threading.Condition()
         #: Attempts by outcome since the last report.
         self._ended: Counter[str] = Counter()
-        self.total = 0
 
     def add(self, lane: Lane, attempt: Attempt[Any]) -> Running:
         running = Running(lane, attempt)
@@ -59,7 +55,6 @@ class Register:
         with self._changed:
             self._running.discard(running)
             self._ended[how] += 1
-            self.total += 1
             self._changed.notify_all()
         self._slots.freed(running.lane)
 
@@ -74,11 +69,16 @@ class Register:
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, max(0.0, seconds))
 
-    def left(self) -> list[Left]:
-        """Return what is still under way, and will be for ever: its leases are not renewed any more."""
+    def left(self, seconds: float) -> list[Left]:
+        """Return what is still under way, and will be for ever: its leases are not renewed any more.
+
+        Args:
+            seconds: how long to wait at most, all in all, for renewals that are under way.
+        """
+        deadline = time.monotonic() + seconds
         with self._changed:
             running = list(self._running)
         for one in running:
             if one.attempt.renewal is not None:
-                one.attempt.renewal.end(_LONGEST_RENEWAL)
+                one.attempt.renewal.end(max(0.0, deadline - time.monotonic()))
         return [Left(one.lane.queue.name, one.attempt.claim.row, set(one.attempt.leases)) for one in running]
