@@ -3,6 +3,7 @@
 import datetime as dt
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -653,7 +654,11 @@ def supervise(monkeypatch):
         class Supervisor:
             def __init__(self, options, queues, told, ended=None):
                 self.options, self.queues, self._ended = options, queues, ended
+                self.stops = 0
                 made.append(self)
+
+            def stop(self):
+                self.stops += 1
 
             def run(self):
                 if ended:
@@ -681,8 +686,9 @@ def test_worker_is_as_big_as_it_is_told(supervise):
     [
         (0, {}, 0, "Nothing was due.\n"),
         (0, {"finish": 1200, "fail": 1}, 0, r"Attempts: 1,200 finished, 1 failed; [\d,]+ a second\.\n"),
-        (1, {}, 3, "Something is due still.\n"),
-        (1, {"fail": 2}, 3, r"Attempts: 2 failed; [\d,]+ a second\.\nSomething is due still\.\n"),
+        (1, {}, 1, ""),  # a fault of the worker, which its log tells
+        (3, {}, 3, "Something is due still.\n"),
+        (3, {"fail": 2}, 3, r"Attempts: 2 failed; [\d,]+ a second\.\nSomething is due still\.\n"),
     ],
 )
 def test_drain_has_an_exit_code_for_what_is_due_still(code, ended, exit_code, words, supervise):
@@ -691,6 +697,27 @@ def test_drain_has_an_exit_code_for_what_is_due_still(code, ended, exit_code, wo
     assert found == exit_code
     _, _, last_words = out.partition("It stops when nothing is due.\n")
     assert re.fullmatch(words, last_words)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
+@pytest.mark.parametrize("arguments", [[], ["--drain"]])
+def test_worker_hears_a_signal_that_comes_before_it_serves(arguments, supervise, monkeypatch):
+    """As what comes before may take long; the first process of a container would never get it."""
+
+    def introduce(options, queues):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ["Serving"]
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, lambda *_: None)  # lest it ends the tests
+    made = supervise()
+    monkeypatch.setattr(worker, "introduction", introduce)
+    try:
+        assert call("worker", *arguments)[0] == 0
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+    assert made[0].stops == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_worker_reloads_with_debug_or_when_asked(supervise, monkeypatch, settings):

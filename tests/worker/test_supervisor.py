@@ -42,7 +42,7 @@ class Played(Child):
         )
         self.pid = 10**9 + len(self.started)  # of no process
         self.began = time.monotonic()
-        self.is_ready = self.is_stopping = self.has_run_tasks = False
+        self.is_ready = self.is_stopping = self.has_run_tasks = self.was_short = False
         self.answered_at = self.began
         self.reason = self.kill_at = self._grace = None
         self.left = []
@@ -197,6 +197,18 @@ def test_process_that_is_full_before_it_has_run_a_task_is_replaced_after_a_pause
     time.sleep(1)
     assert len(game.children) == 2
     assert game.said[-1] == "It had run no task: the limit is too low. Raise it."
+
+
+def test_idle_process_whose_time_is_over_is_replaced_without_a_complaint(play, monkeypatch):
+    monkeypatch.setattr(module, "_SHORT", 0.0)
+    game = play()
+    idle = game.children[0]
+    idle.say("ready")
+    idle.say("full", "has run for 600 s")
+    wait_until(lambda: idle.reason)
+    idle.die(0)
+    wait_until(lambda: game.said == [f"Process {idle.pid} has run for 600 s and is replaced."])
+    assert game.supervisor._deaths == 0
 
 
 def test_full_process_has_only_the_grace_time_when_the_worker_is_stopped(play):
@@ -574,7 +586,7 @@ def test_process_that_can_not_be_killed_ends_nothing(error, monkeypatch):
     assert not child.has_ended
 
 
-@pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(("left_due", "code"), [(False, 0), (True, 3)])
 def test_drain_ends_when_nothing_is_due_and_no_process_is_at_work(left_due, code, play):
     game = play(drain=True)
     child = game.children[0]
@@ -649,8 +661,10 @@ def test_pool_that_is_too_small_is_told_at_the_start(play, monkeypatch, caplog):
     assert "too small" in caplog.text
 
 
-def test_worker_without_its_prober_stops_in_order(play, monkeypatch, caplog):
-    game = play()
+@pytest.mark.parametrize("drain", [False, True])
+def test_worker_without_its_prober_stops_in_order(drain, play, monkeypatch, caplog):
+    game = play(drain=drain)
+    Errand.objects.create()  # which is not what its exit code tells
     monkeypatch.setattr(type(game.supervisor._prober), "is_alive", False)
     wait_until(lambda: game.children[0].listen() or ("stop", 0.2) in game.children[0].heard)
     game.children[0].die(0)
@@ -659,9 +673,9 @@ def test_worker_without_its_prober_stops_in_order(play, monkeypatch, caplog):
 
 
 def test_health_is_that_of_the_processes_too(play, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_LONGEST_SILENCE", 1.0)
+    monkeypatch.setattr(module, "_LONGEST_SILENCE", 0.9)
     path = tmp_path / "health"
-    game = play(health_file=str(path))
+    game = play(health_file=str(path), poll=0.1)
     child = game.children[0]
     child.say("ready")
     wait_until(path.exists)
@@ -671,6 +685,61 @@ def test_health_is_that_of_the_processes_too(play, monkeypatch, tmp_path):
     time.sleep(1.5)
     assert path.stat().st_mtime_ns == written
     wait_until(lambda: child.listen() or path.stat().st_mtime_ns > written)
+
+
+def test_worker_that_seldom_looks_is_well(play, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_LONGEST_SILENCE", 0.5)
+    path = tmp_path / "health"
+    game = play(health_file=str(path), poll=60.0)
+    child = game.children[0]
+    child.say("ready")
+    wait_until(lambda: child.listen() or path.exists())
+    game.supervisor._looked_at = child.answered_at = time.monotonic() - 30  # the next looks are to come
+    monkeypatch.setattr(Supervisor, "_found", lambda *arguments: None)
+    written = path.stat().st_mtime_ns
+    wait_until(lambda: path.stat().st_mtime_ns > written)
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_worker_whose_processes_end_what_they_run_is_well_as_long_as_they_answer(
+    is_stopping, play, monkeypatch, tmp_path
+):
+    """Nobody looks for work any more, or may tell them of it."""
+    monkeypatch.setattr(module, "_LONGEST_SILENCE", 1.0)
+    monkeypatch.setattr(module, "_ASK_INTERVAL", 0.1)
+    path = tmp_path / "health"
+    game = play(health_file=str(path), poll=0.1, grace=60.0)
+    for count in (1, 2):
+        wait_until(lambda count=count: len(game.children) == count)
+        game.children[-1].say("ready")
+        wait_until(lambda: listen(game) or game.children[-1].is_ready)
+        if is_stopping:
+            break
+        game.children[-1].say("full", "has run 5 tasks")
+    wait_until(lambda: listen(game) or path.exists())
+    if is_stopping:
+        game.supervisor.stop()
+        wait_until(lambda: listen(game) or not game.supervisor._prober.is_alive)
+    until = time.monotonic() + 2.5
+    wait_until(lambda: listen(game) or time.monotonic() > until)
+    assert time.time() - path.stat().st_mtime < 2.0
+    time.sleep(2.2)  # they do not answer
+    written = path.stat().st_mtime_ns
+    time.sleep(1.2)
+    assert path.stat().st_mtime_ns == written
+
+
+def listen(game):
+    for child in game.children:
+        child.listen()
+
+
+def test_worker_that_is_stopped_before_it_serves_starts_no_process(monkeypatch):
+    monkeypatch.setattr(module, "Child", None)
+    one = Supervisor(Options(names=("testapp.do_errand",)), [do_errand], said := [].append)
+    one.stop()
+    assert one.run(handle_signals=False) == 0
+    assert said.__self__[0].startswith("Stopping: ")
 
 
 def test_health_file_that_can_not_be_written_ends_nothing(play, tmp_path, caplog):

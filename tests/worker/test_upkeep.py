@@ -50,7 +50,7 @@ def keep():
     yield keep
     for one in started:
         one.stop()
-        wait_until(lambda one=one: not one.is_alive)
+        wait_until(lambda one=one: one._thread.ident is None or one.has_ended)
 
 
 class Work:
@@ -94,7 +94,7 @@ def test_queues_come_in_turn_and_those_without_any_are_left_out(queue, keep):
 
 
 def test_nothing_is_started_where_no_queue_has_any(queue, keep):
-    assert not keep(queue(None)).is_alive
+    assert keep(queue(None))._thread.ident is None
 
 
 def test_it_is_not_called_after_the_stop(queue, keep):
@@ -106,7 +106,7 @@ def test_it_is_not_called_after_the_stop(queue, keep):
 
     first, second = Work(stop), Work()
     kept.append(keep(queue(first, "a"), queue(second, "b")))
-    wait_until(lambda: not kept[0].is_alive)
+    wait_until(lambda: kept[0].has_ended)
     assert (first.calls, second.calls) == (1, 0)
 
 
@@ -187,7 +187,7 @@ def test_its_connections_are_closed_at_the_end(queue, keep):
     one = keep(queue(work))
     wait_until(lambda: mine)
     one.stop()
-    wait_until(lambda: not one.is_alive)
+    wait_until(lambda: one.has_ended)
     assert [made.connection for made in mine if made.alias == "default"] == [None]
 
 
@@ -248,7 +248,7 @@ def test_worker_that_is_stopping_does_no_upkeep(queue, supervise):
     one, thread = supervise(queue(work), grace=60.0)
     work.is_called(1)
     one.stop()
-    wait_until(lambda: not one._upkeep.is_alive)
+    wait_until(lambda: one._upkeep.has_ended)
     assert thread.is_alive()
     calls = work.calls
     time.sleep(0.1)
@@ -269,7 +269,7 @@ def test_upkeep_that_hangs_holds_up_neither_the_prober_nor_the_stop(queue, super
         assert not thread.is_alive()
     finally:
         may_end.set()
-    wait_until(lambda: not one._upkeep.is_alive)
+    wait_until(lambda: one._upkeep.has_ended)
     assert work.calls == 1
 
 
@@ -278,7 +278,19 @@ def test_error_of_the_supervisor_ends_the_upkeep(queue, supervise, monkeypatch):
     one, thread = supervise(queue(Work()))
     monkeypatch.setattr(one, "_write_health", lambda: 1 / 0)
     thread.join(30)
-    wait_until(lambda: not one._upkeep.is_alive)
+    wait_until(lambda: one._upkeep.has_ended)
+
+
+def test_worker_without_its_upkeep_stops_in_order(queue, supervise, monkeypatch, caplog):
+    monkeypatch.setattr(Upkeep, "has_ended", False)
+    one, thread = supervise(queue(Work()))
+    wait_until(lambda: Played.started)
+    monkeypatch.setattr(Upkeep, "has_ended", True)
+    wait_until(lambda: Played.started[0].listen() or ("stop", 0.2) in Played.started[0].heard)
+    Played.started[0].die(0)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert "The thread that does the upkeep of the queues has died" in caplog.text
 
 
 def test_upkeep_promotes_tasks_that_a_worker_then_finds(declare, supervise):

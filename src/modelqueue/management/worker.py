@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from django.conf import settings
@@ -19,10 +20,9 @@ from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.status import State, Status
 from modelqueue.worker.options import Options
-from modelqueue.worker.supervisor import Supervisor
+from modelqueue.worker.supervisor import SOMETHING_IS_DUE, Supervisor
+from modelqueue.worker.system import on_stop_signals
 
-#: The exit code of a drain after which something is due still; 1 is that of every error.
-SOMETHING_IS_DUE = 3
 #: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
 _MOST_COUNTED = 1_000_000
 
@@ -49,8 +49,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 stopped; 1 there is no such queue, or a database can not be used; 2 wrong usage; "
-        "3 --drain has left something due."
+        "Exit codes: 0 stopped; 1 there is no such queue, or a database can not be used, or the worker has a fault; "
+        "2 wrong usage; 3 --drain has left something due."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -124,10 +124,25 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     is_to_reload = _is_to_reload(options)
     if is_to_reload and not reload.is_child():
         return reload.run_children()
-    for line in introduction(worker, queues):
-        write(line)
     supervisor = Supervisor(worker, queues, write)
-    return reload.serve_until_code_changes(supervisor) if is_to_reload else supervisor.run()
+    with nullcontext() if is_to_reload else _stopped_by_signals(supervisor):
+        for line in introduction(worker, queues):
+            write(line)
+        return reload.serve_until_code_changes(supervisor) if is_to_reload else supervisor.run()
+
+
+@contextmanager
+def _stopped_by_signals(supervisor: Supervisor) -> Iterator[None]:
+    """Have the signals stop it also before it serves.
+
+    What comes before may take long, and the first process of a container never gets a signal for which it
+    has no handler yet: it would serve until it is killed.
+    """
+    restore = on_stop_signals(supervisor.stop)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _is_to_reload(options: dict[str, Any]) -> bool:
@@ -137,28 +152,29 @@ def _is_to_reload(options: dict[str, Any]) -> bool:
 
 def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any]) -> int:
     """Run what is due, show how far it is, and say at the end how the attempts have ended."""
-    for line in introduction(options, queues):
-        write(line)
-    due = sum(queue.source().due(now()).order_by()[:_MOST_COUNTED].count() for queue in queues)
     total: Counter[str] = Counter()
-    with Progress("ended", due if due < _MOST_COUNTED else None) as progress:
 
-        def ended(counts: Counter[str]) -> None:
-            total.update(counts)
-            progress.add(sum(counts.values()))
+    def ended(counts: Counter[str]) -> None:
+        total.update(counts)
+        progress.add(sum(counts.values()))
 
-        is_drained = Supervisor(options, queues, write, ended).run() == 0
+    supervisor = Supervisor(options, queues, write, ended)
+    with _stopped_by_signals(supervisor):
+        for line in introduction(options, queues):
+            write(line)
+        due = sum(queue.source().due(now()).order_by()[:_MOST_COUNTED].count() for queue in queues)
+        with Progress("ended", due if due < _MOST_COUNTED else None) as progress:
+            code = supervisor.run()
     if total:
         outcomes = ", ".join(f"{count:,} {_ENDED[how]}" for how, count in total.most_common())
         write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second.")
-    elif is_drained:
+    elif code == 0:
         write("Nothing was due.")
-    if is_drained:
-        if later := sum(_scheduled(queue) for queue in queues):
-            write(f"{counted(later, 'task')} waiting for a time that has not come.")
-        return 0
-    write("Something is due still.")
-    return SOMETHING_IS_DUE
+    if code == 0 and (later := sum(_scheduled(queue) for queue in queues)):
+        write(f"{counted(later, 'task')} waiting for a time that has not come.")
+    if code == SOMETHING_IS_DUE:
+        write("Something is due still.")
+    return code
 
 
 def _scheduled(queue: Queue[Any]) -> int:

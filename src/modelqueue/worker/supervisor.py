@@ -32,9 +32,12 @@ from modelqueue.worker.running import Left
 from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, stop_signals_blocked
 from modelqueue.worker.upkeep import Upkeep
 
-__all__ = ["Supervisor"]
+__all__ = ["FAULT", "SOMETHING_IS_DUE", "Supervisor"]
 
 logger = logging.getLogger("modelqueue")
+
+#: Exit codes: the worker has stopped by a fault of its own; a drain has left something due.
+FAULT, SOMETHING_IS_DUE = 1, 3
 
 #: Messages to a process that it has not answered; more are not sent.
 _MOST_UNANSWERED = 8
@@ -50,11 +53,15 @@ _TICK = 0.5
 _EXTRA = 4.0
 #: Seconds before a process that died is replaced: the first time, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
+#: Seconds of work after which it is no wonder that a process has run no task.
+_SHORT = 5.0
 #: Seconds after which a process counts as sound, so that its death is the first one again.
 _SOUND = 60.0
 #: Seconds for which nothing may be claimed as all processes run their last tasks, until that is told.
 _LONGEST_STANDSTILL = 10.0
-#: Seconds without a look of the prober, or an answer of any process, after which the worker is not well.
+#: Seconds between two questions to a process that only ends what it runs.
+_ASK_INTERVAL = 1.0
+#: Seconds, beyond the longest time between two looks, without a look of the prober, or an answer of any process, after which the worker is not well.
 _LONGEST_SILENCE = 30.0
 
 
@@ -77,6 +84,8 @@ class Child:
         #: Why it is to be replaced, if it has said so: it lets its tasks end, and stops by itself.
         self.reason: str | None = None
         self.has_run_tasks = False
+        #: Was it to be replaced almost as soon as it was ready?
+        self.was_short = False
         self.answered_at = self.began
         self.left: list[Left] = []
         self.kill_at: float | None = None
@@ -203,11 +212,12 @@ class Supervisor:
         #: Since which look nothing is due and no process is at work, and before when that means nothing.
         self._idle_since: int | None = None
         self._drained_from = 0.0
+        self._ask_at = 0.0
         self._health_at = 0.0
         self._is_health_told = False
 
     def run(self, handle_signals: bool = True) -> int:
-        """Serve; return the exit code: 0, or 1 when draining has left something due.
+        """Serve; return the exit code: 0 stopped, or drained; `FAULT`; `SOMETHING_IS_DUE`.
 
         Args:
             handle_signals: whether SIGINT and SIGTERM stop it. For the main thread alone.
@@ -226,9 +236,10 @@ class Supervisor:
                 self._tell_standstill()
                 self._wait()
                 self._bury()
-                self._stop_if_blind()
+                self._stop_if_broken()
                 self._stop_if_told()
                 self._wake_children()
+                self._ask_those_that_end()
                 self._see_whether_drained()
                 self._write_health()
         finally:
@@ -237,8 +248,8 @@ class Supervisor:
             self._end_all()
             self._see_given_back()
             restore()
-        if self._options.drain and self._is_anything_due():
-            self._code = 1
+        if self._code == 0 and self._options.drain and self._is_anything_due():
+            self._code = SOMETHING_IS_DUE
         connections.close_all()
         return self._code
 
@@ -250,7 +261,7 @@ class Supervisor:
     # Processes
 
     def _start_missing(self) -> None:
-        if self._stopped_at is not None or time.monotonic() < self._start_at:
+        if self._stops or time.monotonic() < self._start_at:
             return
         try:
             while self._is_one_missing():
@@ -304,6 +315,7 @@ class Supervisor:
     def _hear(self, child: Child, message: str, *arguments: Any) -> None:
         if message == "ready":
             child.is_ready = True
+            child.began = time.monotonic()
             child.send("due", self._due or [])
         elif message == "ended":
             child.has_run_tasks = True
@@ -312,6 +324,7 @@ class Supervisor:
                 self._ended(Counter(*arguments))
         elif message == "full":
             (child.reason,) = arguments
+            child.was_short = time.monotonic() - child.began < _SHORT
         elif message == "left":
             (child.left,) = arguments
         elif message == "answer":
@@ -337,7 +350,7 @@ class Supervisor:
                 self._note_death(child)
             elif child.reason is not None:
                 self._say(f"Process {child.pid} {child.reason} and is replaced.")
-                if not child.has_run_tasks:
+                if child.was_short and not child.has_run_tasks:
                     self._say("It had run no task: the limit is too low. Raise it.")
                     self._pause()
 
@@ -401,14 +414,14 @@ class Supervisor:
 
     # Stopping
 
-    def _stop_if_blind(self) -> None:
-        """End, for whoever watches over the worker to start another, rather than go on without a prober."""
-        if self._stopped_at is None and not self._prober.is_alive:
-            logger.critical(
-                "The thread that looks for work has died by a fault of its own: the worker stops."
-            )
-            self._code = 1
-            self._stops = max(self._stops, 1)
+    def _stop_if_broken(self) -> None:
+        """End, for whoever watches over the worker to start another, rather than go on without a part of it."""
+        if self._stopped_at is not None or (self._prober.is_alive and not self._upkeep.has_ended):
+            return
+        part = "does the upkeep of the queues" if self._prober.is_alive else "looks for work"
+        logger.critical("The thread that %s has died by a fault of its own: the worker stops.", part)
+        self._code = FAULT
+        self._stops = max(self._stops, 1)
 
     def _stop_if_told(self, why: str = "") -> None:
         if self._stops == 0:
@@ -483,6 +496,15 @@ class Supervisor:
             if child is not chosen and (again or not due):
                 child.send("due", again)
 
+    def _ask_those_that_end(self) -> None:
+        """Have also those answer, for the health of the worker, whom nobody tells of work any more."""
+        if time.monotonic() < self._ask_at:
+            return
+        self._ask_at = time.monotonic() + _ASK_INTERVAL
+        for child in self._children:
+            if child.is_ready and not child.is_at_work:
+                child.send("due", [])
+
     def _see_whether_drained(self) -> None:
         """Stop when no process is at work, and a look that began after that finds nothing due.
 
@@ -514,8 +536,9 @@ class Supervisor:
     def _write_health(self) -> None:
         path = self._options.health_file
         latest = max((child.answered_at for child in self._children), default=0.0)
-        heard = min(self._looked_at, latest)
-        is_well = self._due is not None and time.monotonic() - heard < _LONGEST_SILENCE
+        heard = latest if self._stopped_at is not None else min(self._looked_at, latest)
+        silence = time.monotonic() - heard
+        is_well = self._due is not None and silence < _LONGEST_SILENCE + self._options.poll
         if path is None or time.monotonic() < self._health_at or not is_well:
             return
         self._health_at = time.monotonic() + 1.0

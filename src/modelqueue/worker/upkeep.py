@@ -39,8 +39,9 @@ class Upkeep:
             self._thread.start()
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+    def has_ended(self) -> bool:
+        """Say whether it did begin, and does nothing any more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def stop(self) -> None:
         """Call nothing more. What is being called goes on, and nobody waits for it."""
