@@ -171,6 +171,13 @@ def test_standstill_as_all_processes_run_their_last_tasks_is_told_once(play, mon
     assert caplog.text.count(told) == 1
 
 
+def test_death_for_want_of_memory_is_told(play, monkeypatch, caplog):
+    game = play()
+    monkeypatch.setattr(game.supervisor._out_of_memory, "has_killed", lambda: True)
+    game.children[0].die(-9)
+    wait_until(lambda: "was killed by SIGKILL, as memory ran out" in caplog.text)
+
+
 def test_full_process_that_dies_is_no_ordinary_replacement(play, caplog):
     game = play()
     full = game.children[0]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,50 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such 
 )
 def test_end_of_a_process_in_words(code, words):
     assert system.describe_exit(code) == words
+
+
+def test_death_for_want_of_memory_in_words():
+    assert system.describe_exit(-9, is_out_of_memory=True) == "was killed by SIGKILL, as memory ran out"
+    assert system.describe_exit(-15, is_out_of_memory=True) == "was killed by SIGTERM"
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """Play the files of the system that are read; those that are not there can not be."""
+    files = {}
+
+    def read_text(path, encoding):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    return files
+
+
+def test_kills_for_want_of_memory_are_counted_by_the_control_group(files):
+    files["/proc/self/cgroup"] = "12:cpuset:/old\n0::/workers/one\n"
+    events = "/sys/fs/cgroup/workers/one/memory.events"
+    files[events] = "low 0\noom 3\noom_kill 2\noom_group_kill 0\n"
+    memory = system.OutOfMemory()
+    assert not memory.has_killed()
+    files[events] = "low 0\noom 4\noom_kill 3\n"
+    assert memory.has_killed()
+    assert not memory.has_killed()
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {},
+        {"/proc/self/cgroup": "12:cpuset:/old\n"},
+        {"/proc/self/cgroup": "0::/\n"},
+        {"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.events": "low 0\n"},
+    ],
+)
+def test_kills_for_want_of_memory_are_not_known_everywhere(there, files):
+    files.update(there)
+    assert not system.OutOfMemory().has_killed()
 
 
 def test_memory_of_this_process():

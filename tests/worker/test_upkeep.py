@@ -283,7 +283,7 @@ def test_error_of_the_supervisor_ends_the_upkeep(queue, supervise, monkeypatch):
 
 def test_worker_without_its_upkeep_stops_in_order(queue, supervise, monkeypatch, caplog):
     monkeypatch.setattr(Upkeep, "has_ended", False)
-    one, thread = supervise(queue(Work()))
+    _, thread = supervise(queue(Work()))
     wait_until(lambda: Played.started)
     monkeypatch.setattr(Upkeep, "has_ended", True)
     wait_until(lambda: Played.started[0].listen() or ("stop", 0.2) in Played.started[0].heard)

@@ -49,8 +49,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 stopped; 1 there is no such queue, or a database can not be used, or the worker has a fault; "
-        "2 wrong usage; 3 --drain has left something due."
+        "Exit codes: 0 stopped; 1 there is no such queue, a database can not be used, or the worker has a "
+        "fault; 2 wrong usage; 3 --drain has left something due."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(

@@ -34,11 +34,11 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two reports to the supervisor.
 _TICK = 0.1
-#: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end, and
-#: the database to take the last outcomes. The first two have so many at most, to leave some to the others.
+#: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end,
+#: and the database to take the last outcomes. The first two have so many at most, to leave some to the rest.
 _LAST_MOMENTS, _ONE_MOMENT = 2.0, 1.0
-#: Seconds beyond that to see what is left. All this has to be well below what the supervisor allows beyond the
-#: grace time, or the process is killed before it has said what it leaves.
+#: Seconds beyond that to see what is left. All this has to be well below what the supervisor allows beyond
+#: the grace time, or the process is killed before it has said what it leaves.
 _LAST_RENEWALS = 0.5
 
 

@@ -65,7 +65,7 @@ class Slots:
 
     def __init__(self, lanes: list[Lane], threads: int, most_tasks: int | None = None) -> None:
         self._lanes = lanes
-        #: How many more tasks may be claimed at all: less those that a claim under way may take, and as it is.
+        #: How many more tasks may be claimed at all: less what a claim under way may take, and as it is.
         self._left = self._unclaimed = math.inf if most_tasks is None else most_tasks
         self._by_name = {lane.queue.name: lane for lane in lanes}
         self._was_recovery = False

@@ -29,7 +29,14 @@ from modelqueue.worker.options import Options
 from modelqueue.worker.pools import too_small_pools
 from modelqueue.worker.prober import Prober
 from modelqueue.worker.running import Left
-from modelqueue.worker.system import context, describe_exit, is_alive, on_stop_signals, stop_signals_blocked
+from modelqueue.worker.system import (
+    OutOfMemory,
+    context,
+    describe_exit,
+    is_alive,
+    on_stop_signals,
+    stop_signals_blocked,
+)
 from modelqueue.worker.upkeep import Upkeep
 
 __all__ = ["FAULT", "SOMETHING_IS_DUE", "Supervisor"]
@@ -61,7 +68,8 @@ _SOUND = 60.0
 _LONGEST_STANDSTILL = 10.0
 #: Seconds between two questions to a process that only ends what it runs.
 _ASK_INTERVAL = 1.0
-#: Seconds, beyond the longest time between two looks, without a look of the prober, or an answer of any process, after which the worker is not well.
+#: Seconds, beyond the longest time between two looks, without a look of the prober, or an answer of any
+#: process, after which the worker is not well.
 _LONGEST_SILENCE = 30.0
 
 
@@ -201,6 +209,7 @@ class Supervisor:
         self._stops = 0
         self._stopped_at: float | None = None
         self._deaths = 0
+        self._out_of_memory = OutOfMemory()
         self._start_at = 0.0
         self._turn = 0
         #: Since when no process takes tasks, and no other one may be started.
@@ -357,7 +366,8 @@ class Supervisor:
     def _note_death(self, child: Child) -> None:
         if time.monotonic() - child.began > _SOUND:
             self._deaths = 0
-        logger.error("Process %s of the worker %s.", child.pid, describe_exit(child.process.exitcode))
+        end = describe_exit(child.process.exitcode, self._out_of_memory.has_killed())
+        logger.error("Process %s of the worker %s.", child.pid, end)
         pause = self._pause()
         # What it held comes back when its leases are over.
         self._drained_from = time.monotonic() + self._lease + 1.0
@@ -415,7 +425,7 @@ class Supervisor:
     # Stopping
 
     def _stop_if_broken(self) -> None:
-        """End, for whoever watches over the worker to start another, rather than go on without a part of it."""
+        """End, for whoever watches over the worker to start another, rather than go on without a part."""
         if self._stopped_at is not None or (self._prober.is_alive and not self._upkeep.has_ended):
             return
         part = "does the upkeep of the queues" if self._prober.is_alive else "looks for work"

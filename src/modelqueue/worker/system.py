@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "OutOfMemory",
     "context",
     "describe_exit",
     "end_without_fail",
@@ -102,8 +104,36 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def describe_exit(code: int | None) -> str:
-    """Say how a process ended."""
+class OutOfMemory:
+    """Knows whether the system has killed a process of our control group since the last look, to get memory.
+
+    By the count of cgroup v2 of Linux. Elsewhere nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self._count = _out_of_memory_kills()
+
+    def has_killed(self) -> bool:
+        before, self._count = self._count, _out_of_memory_kills()
+        return self._count > before
+
+
+def _out_of_memory_kills() -> int:
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+        (group,) = (line.removeprefix("0::") for line in groups if line.startswith("0::"))
+        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii").split()
+        return int(events[events.index("oom_kill") + 1])
+    except (OSError, ValueError):  # not Linux, or an older one, or the root of all groups
+        return 0
+
+
+def describe_exit(code: int | None, is_out_of_memory: bool = False) -> str:
+    """Say how a process ended.
+
+    Args:
+        is_out_of_memory: whether the system is known to have killed one to get memory.
+    """
     if code is None:
         return "has vanished"
     if code >= 0:
@@ -112,6 +142,8 @@ def describe_exit(code: int | None) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
+    if name == "SIGKILL" and is_out_of_memory:
+        return "was killed by SIGKILL, as memory ran out"
     if name == "SIGKILL":
         return "was killed by SIGKILL, by somebody or because memory ran out"
     return f"was killed by {name}"
