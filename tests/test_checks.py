@@ -63,13 +63,13 @@ def test_two_queues_of_the_same_tasks_are_w009(declare):
     assert "both have all tasks of testapp.Task.status" in text
 
 
-def test_queue_whose_tasks_can_not_be_asked_for_any_more_is_e002(declare):
+def test_queue_whose_tasks_can_not_be_asked_for_any_more_is_w010(declare):
     answers = [Task.objects.all(), Task.objects.all(), None]
     declare(lambda: answers.pop(0), "status", name="broken")(succeed)
     while len(answers) > 1:
         answers.pop(0)
     [(identity, text)] = queue_warnings().items()
-    assert identity == "modelqueue.E002"
+    assert identity == "modelqueue.W010"
     assert text.startswith("The queue 'broken' (")
     assert "None" in text
 

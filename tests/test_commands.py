@@ -80,12 +80,12 @@ def queue_over():
         declared_on(queue.field).remove(queue)
 
 
-def call(*arguments):
+def call(*arguments, **options):
     """Call the command; return its exit code and what it wrote to the standard output and error."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     try:
-        call_command("modelqueue", *map(str, arguments), stdout=out, stderr=err, no_color=True)
+        call_command("modelqueue", *map(str, arguments), stdout=out, stderr=err, no_color=True, **options)
     except SystemExit as stop:
         code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -325,6 +325,43 @@ def test_queue_that_can_not_be_looked_at_hides_no_other(declare):
     assert f"error: a.missing can not be looked at: {error}\n" in out
     assert "are all migrations applied (migrate)?\n" in out
     assert call("status", "a.missing")[1].startswith("error: a.missing")
+
+
+@pytest.fixture
+def broken(declare):
+    """The name of a queue whose tasks can not be asked for any more."""
+    rows = [Errand.objects.all()]
+    declare(rows.pop, "status", name="a.broken")(succeed)
+    return "a.broken"
+
+
+def test_queue_that_gives_no_queryset_stops_no_command_for_the_others(broken, supervise):
+    made = supervise()
+    make(Status.waiting())
+    code, out, err = call("status", skip_checks=False)
+    assert code == 1
+    assert NAME in out
+    assert f"error: {broken} can not be looked at: IndexError: pop from empty list\n" in out
+    assert "modelqueue.W010" in err
+    code, out, _ = call("worker", "--drain", skip_checks=False)
+    assert code == 0
+    assert f"  {broken}  testapp.Errand.status can not be looked for: pop from empty list\n" in out
+    assert f"  {NAME}  testapp.Errand.status in default" in out
+    assert made[0].options.names == (broken, NAME, "testapp.review")
+    assert call("worker", "--exclude", broken, skip_checks=False)[0] == 0
+    assert call("retry", NAME, "--all", skip_checks=False)[0] == 0
+
+
+def test_queue_that_gives_no_queryset_is_in_no_database(broken, caplog):
+    assert chosen_queues([], ["testapp.review"], "default") == [do_errand]
+    assert "a.broken is left out, as nobody knows where its tasks are: pop from empty list" in caplog.text
+
+
+def test_tasks_of_a_queue_that_gives_no_queryset_can_not_be_changed(broken):
+    with pytest.raises(
+        CommandError, match=r"a\.broken has no tasks to look for: pop from empty list\nWhat it is"
+    ):
+        call("retry", broken, "--all")
 
 
 @pytest.mark.vendor("postgresql", "mysql")

@@ -66,10 +66,12 @@ def _check_pause(queue: Queue[Any]) -> list[CheckMessage]:
 
 
 def _broken_source(queue: Queue[Any], error: Exception) -> CheckMessage:
-    return checks.Error(
+    # A warning: of an error every command would refuse to start, the worker of all other queues too, and
+    # `migrate`, which may be the cure.
+    return checks.Warning(
         f"The queue {queue.name!r} ({queue.where}) has no tasks to look for: {error}",
         hint="What it is declared over has to give a queryset of its model each time.",
-        id="modelqueue.E002",
+        id="modelqueue.W010",
     )
 
 

@@ -8,7 +8,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from modelqueue.management.choose import WRONG_USAGE, chosen_queues, duration, one_of_the_states
+from modelqueue.management.choose import (
+    WRONG_USAGE,
+    checked_using,
+    chosen_queues,
+    duration,
+    one_of_the_states,
+)
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.selection import Change, Selection, Verb, change, parse_key
@@ -60,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
 
 def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
     (queue,) = chosen_queues([options["queue"]], [], None)
+    checked_using(queue)
     selection = selected(queue, options, verb)
     result = change(queue, selection, verb, options["dry_run"])
     if options["json"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import difflib
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,10 +13,14 @@ from django.core.management.base import CommandError
 from django.db import connections
 
 from modelqueue.durations import parse_duration
+from modelqueue.management.words import SOURCE_HINT
 from modelqueue.queues import Queue, declared_queues
+from modelqueue.report import in_a_line
 from modelqueue.status import State, Status
 
-__all__ = ["WRONG_USAGE", "chosen_queues", "duration", "one_of_the_states"]
+__all__ = ["WRONG_USAGE", "checked_using", "chosen_queues", "duration", "one_of_the_states"]
+
+logger = logging.getLogger("modelqueue")
 
 #: The exit code of a call that can not be meant; argparse has the same.
 WRONG_USAGE = 2
@@ -44,11 +49,33 @@ def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> li
     queues = [
         queue
         for name, queue in declared.items()
-        if name in (names or declared) and name not in exclude and using in (None, queue.using)
+        if name in (names or declared) and name not in exclude and (using is None or _using(queue) == using)
     ]
     if not queues:
         raise CommandError("Of the declared queues these options leave none.")
     return queues
+
+
+def _using(queue: Queue[Any]) -> str | None:
+    try:
+        return queue.using
+    except Exception as error:  # of the callable that makes its queryset
+        logger.warning("%s is left out, as nobody knows where its tasks are: %s", queue.name, error)
+        return None
+
+
+def checked_using(queue: Queue[Any]) -> str:
+    """Return in which database the tasks of a queue are.
+
+    Raises:
+        CommandError: nobody knows, as what makes its queryset fails.
+    """
+    try:
+        return queue.using
+    except Exception as error:
+        raise CommandError(
+            f"{queue.name} has no tasks to look for: {in_a_line(error)}\n{SOURCE_HINT}"
+        ) from error
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DATABASE_HINT", "counted"]
+__all__ = ["DATABASE_HINT", "SOURCE_HINT", "counted"]
 
 #: What to look at when a database can not be used.
 DATABASE_HINT = (
     "Is its server up, does DATABASES name the right one, and are all migrations applied (migrate)?"
 )
+
+#: What to look at when a queue gives no queryset.
+SOURCE_HINT = "What it is declared over has to give a queryset of its model each time."
 
 
 def counted(count: int, what: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
-from django.db import connections
+from django.db import connections, models
 
 from modelqueue.clock import now
 from modelqueue.management import reload
@@ -18,6 +18,7 @@ from modelqueue.management.choose import WRONG_USAGE, chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
+from modelqueue.report import in_a_line
 from modelqueue.status import State, Status
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import SOMETHING_IS_DUE, Supervisor
@@ -162,7 +163,7 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
     with _stopped_by_signals(supervisor):
         for line in introduction(options, queues):
             write(line)
-        due = sum(queue.source().due(now()).order_by()[:_MOST_COUNTED].count() for queue in queues)
+        due = _count(queues, lambda queue: queue.source().due(now()))
         with Progress("ended", due if due < _MOST_COUNTED else None) as progress:
             code = supervisor.run()
     if total:
@@ -170,33 +171,51 @@ def drain(options: Options, queues: list[Queue[Any]], write: Callable[[str], Any
         write(f"Attempts: {outcomes}; {progress.rate:,.0f} a second.")
     elif code == 0:
         write("Nothing was due.")
-    if code == 0 and (later := sum(_scheduled(queue) for queue in queues)):
+    if code == 0 and (later := _count(queues, _scheduled)):
         write(f"{counted(later, 'task')} waiting for a time that has not come.")
     if code == SOMETHING_IS_DUE:
         write("Something is due still.")
     return code
 
 
-def _scheduled(queue: Queue[Any]) -> int:
-    """Count the tasks whose time has not come."""
+def _count(queues: list[Queue[Any]], which: Callable[[Queue[Any]], models.QuerySet[Any]]) -> int:
+    """Count tasks of queues; of one whose queryset can not be had nobody knows any."""
+    count = 0
+    for queue in queues:
+        try:
+            rows = which(queue)
+        except Exception:  # noqa: S112  (the worker tells of it)
+            continue
+        count += rows.order_by()[:_MOST_COUNTED].count()
+    return count
+
+
+def _scheduled(queue: Queue[Any]) -> models.QuerySet[Any]:
+    """Return the tasks whose time has not come."""
     last_due, last = Status.waiting(now(), Status.max_attempts), Status.maximum(State.waiting)
     name = queue.field.name
-    later = queue.rows().filter(**{f"{name}__gt": last_due, f"{name}__lte": last})
-    return later.order_by()[:_MOST_COUNTED].count()
+    return queue.rows().filter(**{f"{name}__gt": last_due, f"{name}__lte": last})
 
 
 def introduction(options: Options, queues: list[Queue[Any]]) -> list[str]:
     """Say what is served and where."""
     size = f"{counted(options.processes, 'process')} of {counted(options.threads, 'thread')}"
     lines = [f"Serving {counted(len(queues), 'queue')} with {size}:"]
-    for queue in queues:
-        settings = connections[queue.using].settings_dict
-        where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
-        lines.append(
-            f"  {queue.name}  {queue.model._meta.label}.{queue.field.name} in {queue.using} ({where})"
-        )
+    lines += [
+        f"  {queue.name}  {queue.model._meta.label}.{queue.field.name} {_place(queue)}" for queue in queues
+    ]
     lines.append("Stop it with Ctrl-C." if not options.drain else "It stops when nothing is due.")
     return lines
+
+
+def _place(queue: Queue[Any]) -> str:
+    try:
+        using = queue.using
+    except Exception as error:  # of the callable that makes its queryset
+        return f"can not be looked for: {in_a_line(error)}"
+    settings = connections[using].settings_dict
+    where = settings["NAME"] if not settings["HOST"] else f"{settings['NAME']} on {settings['HOST']}"
+    return f"in {using} ({where})"
 
 
 def _at_least(least: int) -> Callable[[str], int]:
