@@ -41,6 +41,8 @@ class Order(models.Model):
 """,
     "shop/queues.py": """
 import pathlib
+import subprocess
+import sys
 import time
 import modelqueue
 from shop.models import Order
@@ -51,6 +53,9 @@ def pack(order):
         pathlib.Path("begun").touch()
         while not pathlib.Path("ready").exists():
             time.sleep(0.05)
+    elif order.note == "program":
+        program = "import os, sys; print(sys.stdin.buffer.read(), os.environ.get('RUN_MAIN', 'no'))"
+        order.note = subprocess.check_output([sys.executable, "-c", program], text=True).strip()
     else:
         order.note = "old"
 """,
@@ -97,6 +102,55 @@ def test_changed_action_is_the_one_that_is_run(project, start):
     assert output(project).count("Stopping: running tasks may end within") == 2
     assert "Stopping now" not in output(project)
     wait_until(lambda: not members(worker.pid))
+
+
+@pytest.mark.vendor("sqlite")
+def test_program_of_an_action_gets_neither_the_requests_to_stop_nor_the_mark_of_the_child(project, start):
+    worker = start()
+    execute(project, f"INSERT INTO shop_order (note, status) VALUES ('program', 2{0:018d})")
+    wait_until(lambda: order(project, 1) == ("b'' no", 4, 1))
+    os.kill(worker.pid, signal.SIGTERM)
+    assert worker.wait(30) == 0
+
+
+@pytest.mark.vendor("sqlite")
+def test_new_module_that_can_not_be_loaded_is_waited_for(project, start):
+    worker = start()
+    assert note_of_a_new_order(project, 1) == "old"
+    queues = project / "shop/queues.py"
+    new = project / "shop/notes.py"
+    new.write_text("def half(")
+    queues.write_text(queues.read_text().replace('"old"', "NOTE") + "\nfrom shop.notes import NOTE\n")
+    wait_until(lambda: "The worker can not start again" in output(project))
+    new.write_text("NOTE = 'mended'")
+    assert note_of_a_new_order(project, 2) == "mended"
+    os.kill(worker.pid, signal.SIGINT)
+    assert worker.wait(30) == 0
+
+
+@posix
+def test_child_that_fails_when_it_has_served_again_is_not_waited_for(script):
+    """The change was long ago."""
+    log = script(
+        """
+if log.exists():
+    sys.exit(4)
+log.touch()
+sys.exit(3)
+"""
+    )
+    assert reload.run_children() == 1
+    assert log.exists()
+
+
+def test_file_that_is_gone_at_the_second_look_is_no_file_of_the_code(tmp_path, monkeypatch):
+    code = tmp_path / "code.py"
+    code.touch()
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/module.py").touch()
+    monkeypatch.setattr(autoreload.StatReloader, "snapshot_files", lambda self: [(code, 1.0)])
+    assert set(reload._files()) == {code, tmp_path / "new/module.py"}
 
 
 @pytest.mark.vendor("sqlite")
@@ -322,8 +376,13 @@ def serve(monkeypatch):
 
         supervisor = Supervisor(stops)
         monkeypatch.setattr(autoreload, "get_reloader", lambda: SimpleNamespace(run=run))
+        monkeypatch.setattr(reload, "_STANDARD_INPUT", reader)
+        monkeypatch.setenv("RUN_MAIN", "true")
         os.write(writer, text)
-        return reload.serve_until_code_changes(supervisor, reader), supervisor
+        code = reload.serve_until_code_changes(supervisor), supervisor
+        assert os.read(reader, 1) == b""  # what programs get
+        assert "RUN_MAIN" not in os.environ
+        return code
 
     yield serve
     os.close(writer)
@@ -342,6 +401,16 @@ def test_child_stops_when_the_parent_says_so(serve):
 @posix
 def test_child_stops_now_when_the_parent_says_so_twice(serve):
     assert serve(b"..", stops=2)[0] == 0
+
+
+@posix
+def test_child_that_fails_says_so(serve, monkeypatch, caplog):
+    def fail(self, handle_signals):
+        raise RuntimeError("out of pipes")
+
+    monkeypatch.setattr(Supervisor, "run", fail)
+    assert serve()[0] == 4
+    assert "out of pipes" in caplog.text
 
 
 @posix

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sysconfig
 import threading
 import time
 from contextlib import suppress
@@ -29,6 +30,9 @@ logger = logging.getLogger("modelqueue")
 
 #: The exit code of a child that is to be started anew; that of Django's reloader.
 CODE_HAS_CHANGED = 3
+#: That of one that could be started and failed later, which a change does not mend.
+HAS_FAILED = 4
+_STANDARD_INPUT = 0
 #: Seconds between two looks of the parent at its child, and at the files of code that can not be loaded.
 _TICK, _LOOK = 0.1, 0.5
 
@@ -68,6 +72,8 @@ def run_children() -> int:
             code = run_child()
             if code == CODE_HAS_CHANGED:
                 has_changed = True
+            elif code == HAS_FAILED:
+                return 1
             elif code <= 0 or not has_changed or stops:
                 return code if code >= 0 else 128 - code  # as a shell says it of one that was killed
             else:  # half of a change was saved, perhaps
@@ -81,16 +87,27 @@ def run_children() -> int:
 
 
 def _files() -> dict[Path, float]:
-    """Return when each file of the code changed last that was loaded here, before any was broken."""
-    return dict(autoreload.StatReloader().snapshot_files())
+    """Return when each file of the code changed last.
 
-
-def serve_until_code_changes(supervisor: Supervisor, pipe: int = 0) -> int:
-    """Be the child: serve until the parent says stop, or code of the project changes; return the exit code.
-
-    Args:
-        pipe: the descriptor, that of the standard input, at which each byte is a request to stop.
+    That is what was loaded here, before any was broken, and what lies beside that or in a folder there: a new
+    module can be the broken one.
     """
+    files = dict(autoreload.StatReloader().snapshot_files())
+    for folder in {path.parent for path in files if not _is_installed(path)}:
+        for path in (*folder.glob("*.py"), *folder.glob("*/*.py")):
+            with suppress(OSError):  # it was there a moment ago
+                files[path] = path.stat().st_mtime
+    return files
+
+
+def _is_installed(path: Path) -> bool:
+    """Say whether a file is of Python or of a package, and not of the project."""
+    return any(path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+
+
+def serve_until_code_changes(supervisor: Supervisor) -> int:
+    """Be the child: serve until the parent says stop, or code changes; return the exit code."""
+    pipe = _pipe_of_the_parent()
     has_changed = threading.Event()
     is_stopping = threading.Lock()
 
@@ -115,5 +132,23 @@ def serve_until_code_changes(supervisor: Supervisor, pipe: int = 0) -> int:
     on_stop_signals(lambda: None)
     for work in (listen, watch):
         threading.Thread(target=work, name=f"modelqueue-{work.__name__}", daemon=True).start()
-    code = supervisor.run(handle_signals=False)
+    try:
+        code = supervisor.run(handle_signals=False)
+    except Exception:
+        logger.critical("The worker has failed.", exc_info=True)
+        return HAS_FAILED
     return CODE_HAS_CHANGED if has_changed.is_set() else code
+
+
+def _pipe_of_the_parent() -> int:
+    """Return the descriptor at which each byte is a request to stop, and keep it from what actions start.
+
+    A program that reads its standard input, as ssh and ffmpeg do, would take the request away; one of Django
+    would take itself for a child of this kind.
+    """
+    os.environ.pop(autoreload.DJANGO_AUTORELOAD_ENV, None)
+    pipe = os.dup(_STANDARD_INPUT)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, _STANDARD_INPUT)
+    os.close(nothing)
+    return pipe
