@@ -13,7 +13,7 @@ from collections import Counter
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import OperationalError, connections, models
+from django.db import IntegrityError, OperationalError, connections, models
 from django.test.utils import isolate_apps
 
 import modelqueue
@@ -303,15 +303,22 @@ def test_watch_clears_a_terminal(monkeypatch):
     assert out.getvalue().startswith("\x1b[2J\x1b[H")
 
 
-@isolate_apps("tests.testapp")
-def test_queue_that_can_not_be_looked_at_hides_no_other(declare):
-    class Missing(models.Model):
-        status = modelqueue.StatusField()
+@pytest.fixture
+def missing(declare):
+    """The name of a queue whose table is missing."""
+    with isolate_apps("tests.testapp"):
 
-        class Meta:
-            app_label = "testapp"
+        class Missing(models.Model):
+            status = modelqueue.StatusField()
+
+            class Meta:
+                app_label = "testapp"
 
     declare(Missing, "status", name="a.missing")(succeed)
+    return "a.missing"
+
+
+def test_queue_that_can_not_be_looked_at_hides_no_other(missing):
     make(Status.waiting())
     code, document = call_json("status")
     *others, broken = document["queues"]
@@ -665,6 +672,39 @@ def test_prune_passes_over_what_a_foreign_key_protects_and_goes_on(declare):
     assert err == "Left alone, as foreign keys of testapp.Receipt protect them: 1 task.\n"
 
 
+def test_queue_that_can_not_be_pruned_hides_no_other(missing):
+    make(Status.finished(5))
+    code, out, err = call("prune", "--older-than", "1h")
+    assert code == 1
+    assert out.startswith(
+        f"0 finished tasks of {missing} are deleted.\n1 finished task of {NAME} is deleted.\n"
+    )
+    assert re.match(
+        f"error: {missing} can not be pruned: (Operational|Programming)Error: .*testapp_missing", err
+    )
+    assert "are all migrations applied (migrate)?\n" in err
+    code, document = call_json("prune", missing, NAME, "--older-than", "1h")
+    broken, other = document["queues"]
+    assert (code, broken["deleted"], other["deleted"]) == (1, 0, 0)
+    assert "testapp_missing" in broken["error"]
+    assert "error" not in other
+
+
+def test_prune_that_is_stopped_says_what_it_has_deleted(monkeypatch):
+    make(*[Status.finished(5)] * 3)
+
+    def batches(*arguments):
+        yield Pruned(2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modelqueue.verbs, "prune", batches)
+    code, out, err = call("prune", "--older-than", "1h")
+    assert (code, out, err) == (1, f"2 finished tasks of {NAME} are deleted.\n", "Stopped by Ctrl-C.\n")
+    code, document = call_json("prune", "--older-than", "1h")
+    (one,) = document["queues"]
+    assert (code, one["matching"], one["deleted"], one["error"]) == (1, 3, 2, "Stopped by Ctrl-C.")
+
+
 def test_one_task_is_said_of_in_the_singular():
     make(Status.finished(5))
     arguments = ("prune", NAME, "--older-than", "1h")
@@ -872,9 +912,7 @@ def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
         call("status")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["worker", "--drain"], ["prune", "--older-than", "1d"], ["retry", NAME, "--all"]]
-)
+@pytest.mark.parametrize("arguments", [["worker", "--drain"], ["retry", NAME, "--all"]])
 def test_command_that_can_not_use_the_database_says_what_to_look_at(arguments, monkeypatch):
     def away(self, *arguments):
         raise OperationalError("connection failed:\n  is it running?")
@@ -884,6 +922,28 @@ def test_command_that_can_not_use_the_database_says_what_to_look_at(arguments, m
         call(*arguments)
     assert "\nIs its server up, does DATABASES name the right one, and" in str(error.value)
     assert error.value.returncode == 1
+
+
+def test_command_whose_change_the_database_refuses_says_so(monkeypatch):
+    def refuse(self, *arguments):
+        raise IntegrityError("CHECK constraint failed")
+
+    monkeypatch.setattr(models.QuerySet, "count", refuse)
+    with pytest.raises(
+        CommandError, match="has refused it: CHECK constraint failed\nIs it against a constraint"
+    ):
+        call("retry", NAME, "--all")
+
+
+def test_command_that_meets_a_lock_says_to_try_again(monkeypatch):
+    def locked(self, *arguments):
+        raise OperationalError("database is locked")
+
+    monkeypatch.setattr(models.QuerySet, "count", locked)
+    engine = type(modelqueue.engines.engine_for("default"))
+    monkeypatch.setattr(engine, "is_try_again", lambda self, error: "is locked" in str(error))
+    with pytest.raises(CommandError, match="The database is busy: database is locked\nSomebody holds a lock"):
+        call("retry", NAME, "--all")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ class Failure:
     """A queue that can not be looked at: its table is missing perhaps, or its database is away."""
 
     queue: Queue[Any]
-    error: str
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {in_a_line(self.error)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `status --json` prints of it."""
@@ -138,7 +141,7 @@ class Failure:
             "queue": self.queue.name,
             "model": self.queue.model._meta.label,
             "field": self.queue.field.name,
-            "error": self.error,
+            "error": str(self),
         }
 
 
@@ -152,7 +155,7 @@ def report(queues: Iterable[Queue[Any]], cap: int = CAP) -> list[Figures | Failu
         try:
             found.append(figures_of(queue, cap))
         except Exception as error:  # also of the callable that makes its queryset
-            failed.append(Failure(queue, f"{type(error).__name__}: {in_a_line(error)}"))
+            failed.append(Failure(queue, error))
     found.sort(key=lambda one: (-(one.longest_wait or 0.0), -one.due.number, one.queue.name))
     return [*found, *failed]
 

@@ -12,8 +12,9 @@ from django.core.management.base import BaseCommand
 from modelqueue import verbs
 from modelqueue.management.choose import chosen_queues, duration, one_of_the_states
 from modelqueue.management.progress import Progress
-from modelqueue.management.words import counted
+from modelqueue.management.words import counted, hint
 from modelqueue.queues import Queue
+from modelqueue.report import in_a_line
 from modelqueue.status import State
 
 HELP = "delete tasks that ended long ago"
@@ -24,11 +25,14 @@ DESCRIPTION = (
 )
 
 
+STOPPED = "Stopped by Ctrl-C."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
         "Exit codes: 0 done; 1 there is no such queue, or some tasks could not be deleted, as somebody has "
-        "locked them or a foreign key protects them; 2 wrong usage."
+        "locked them or a foreign key protects them, or a queue can not be pruned; 2 wrong usage."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -52,10 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     results = []
     for queue in chosen_queues(options["queues"], [], None):
-        result = prune(queue, options)
+        result: dict[str, Any] = {"queue": queue.name}
         results.append(result)
+        try:
+            prune(queue, options, result)
+        except Exception as error:  # a missing table hides no other queue
+            result["error"] = f"{type(error).__name__}: {in_a_line(error)}"
+            command.stderr.write(f"error: {queue.name} can not be pruned: {result['error']}\n{hint(error)}")
+        except KeyboardInterrupt:
+            result["error"] = STOPPED
+            command.stderr.write(STOPPED)
         if not options["json"]:
             tell(command, result, options)
+        if result.get("error") == STOPPED:
+            break
     if options["json"]:
         document = {
             "command": "prune",
@@ -65,30 +79,33 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
             "queues": results,
         }
         command.stdout.write(json.dumps(document))
-    return 1 if any(result["locked"] or result["protected"] for result in results) else 0
+    is_complete = not any(
+        result.get("error") or result["locked"] or result["protected"] for result in results
+    )
+    return 0 if is_complete else 1
 
 
-def prune(queue: Queue[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Delete the tasks of a queue, or count them; return what ``--json`` prints of it."""
+def prune(queue: Queue[Any], options: dict[str, Any], result: dict[str, Any]) -> None:
+    """Delete the tasks of a queue, or count them; note meanwhile what ``--json`` prints of it."""
     age, state = options["older_than"], options["state"]
+    result.update(matching=0, deleted=0, locked=0, protected=0, protected_by=[])
     rows, name = queue.prunable(), queue.field.name
     old = verbs.ended_before(rows, name, age, state)
-    matching, locked, pruned = old.count(), 0, verbs.Pruned()
-    if not options["dry_run"]:
-        with Progress(f"{queue.name} deleted", matching) as progress:
-            for batch in verbs.prune(rows, name, age, state):
-                progress.add(batch.deleted)
-                pruned += batch
-        left = matching - pruned.deleted - pruned.protected
-        locked = max(min(left, old.count() - pruned.protected), 0)
-    return {
-        "queue": queue.name,
-        "matching": matching,
-        "deleted": pruned.deleted,
-        "locked": locked,
-        "protected": pruned.protected,
-        "protected_by": sorted(pruned.protectors),
-    }
+    result["matching"] = matching = old.count()
+    if options["dry_run"]:
+        return
+    pruned = verbs.Pruned()
+    with Progress(f"{queue.name} deleted", matching) as progress:
+        for batch in verbs.prune(rows, name, age, state):
+            progress.add(batch.deleted)
+            pruned += batch
+            result.update(
+                deleted=pruned.deleted,
+                protected=pruned.protected,
+                protected_by=sorted(pruned.protectors),
+            )
+    left = matching - pruned.deleted - pruned.protected
+    result["locked"] = max(min(left, old.count() - pruned.protected), 0)
 
 
 def tell(command: BaseCommand, result: dict[str, Any], options: dict[str, Any]) -> None:

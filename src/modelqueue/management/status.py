@@ -15,9 +15,9 @@ from django.db import close_old_connections
 from modelqueue.clock import now
 from modelqueue.durations import in_short
 from modelqueue.management.choose import chosen_queues
-from modelqueue.management.words import DATABASE_HINT
+from modelqueue.management.words import hint
 from modelqueue.report import LATELY, Failure, Figures, report
-from modelqueue.status import Status
+from modelqueue.status import State, Status
 
 HELP = "show how queues are doing"
 DESCRIPTION = (
@@ -88,9 +88,8 @@ def shown(found: list[Figures | Failure], as_json: bool) -> str:
     lines = [*table([HEADERS, *map(cells, figures)]), ""] if figures else []
     for one in figures:
         lines += [f"running: {one.queue.name} {task}" for task in running(one)]
-    lines += [f"error: {one.queue.name} can not be looked at: {one.error}" for one in failures]
-    if failures:
-        lines.append(DATABASE_HINT)
+    lines += [f"error: {one.queue.name} can not be looked at: {one}" for one in failures]
+    lines += dict.fromkeys(hint(one.error) for one in failures)
     return "\n".join(lines)
 
 
@@ -123,7 +122,7 @@ def running(one: Figures) -> list[str]:
         renewed = "" if task.renewed_ago is None else f" renewed {in_short(task.renewed_ago)} ago,"
         abandoned = ", its lease has run out" if task.is_abandoned else ""
         lines.append(f"{task.pk}{renewed} attempt {task.attempts + 1}{abandoned}")
-    working = one.counts[Status.states[2]]
+    working = one.counts[State.working]
     if working.number > len(lines):
         lines.append(f"and {working.number - len(lines):,}{'+' if working.is_capped else ''} more")
     return lines

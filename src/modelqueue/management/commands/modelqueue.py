@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
-from django.db import InterfaceError, OperationalError, ProgrammingError
+from django.db import Error
 
 from modelqueue.checks import TAG
 from modelqueue.management import cancel, enqueue, prune, retry, status, worker
-from modelqueue.management.words import DATABASE_HINT
+from modelqueue.management.words import hint, trouble
 from modelqueue.report import in_a_line
 
 __all__ = ["Command"]
@@ -45,10 +45,8 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> str | None:
         try:
             code = _SUBCOMMANDS[options["command"]].handle(self, options)
-        except (InterfaceError, OperationalError, ProgrammingError) as error:
-            raise CommandError(
-                f"The database can not be used: {in_a_line(error)}\n{DATABASE_HINT}"
-            ) from error
+        except Error as error:
+            raise CommandError(f"{trouble(error)}: {in_a_line(error)}\n{hint(error)}") from error
         if code:
             raise SystemExit(code)
         return None
