@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -580,6 +581,30 @@ def test_task_that_somebody_else_has_changed_meanwhile_is_not_called_locked(monk
         Errand.objects.update(status=Status.canceled())
         result = change(do_errand, selection, verb)
         assert (result.matching, result.changed, result.locked, result.is_complete) == (2, 1, 0, True)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The clock of this machine is ahead of that of the database by ten minutes."""
+    engine = type(modelqueue.engines.engine_for("default"))
+    monkeypatch.setattr(engine, "clock_offset", lambda self: -10 * MINUTE)
+
+
+def test_clock_of_the_database_counts(ahead, caplog, monkeypatch):
+    before = modelqueue.now()
+    (errand,) = make(Status.canceled())
+    assert call("retry", NAME, "--pk", errand.pk)[0] == 0
+    assert stored(errand) < Status.waiting(before - 9 * MINUTE)
+    (one,) = call_json("status", NAME)[1]["queues"]
+    assert one["due"] == 1
+    assert one["longest_wait"] < MINUTE.seconds
+    assert caplog.text.count("ahead of that of the database 'default'") == 2
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=[None, KeyboardInterrupt]))
+    call("status", "--watch")
+    assert caplog.text.count("ahead of that of the database 'default'") == 3  # not each second
+    make(Status.finished(before - 15 * MINUTE))
+    assert call_json("prune", NAME, "--older-than", "10m")[1]["queues"][0]["matching"] == 0
+    assert modelqueue.now() >= before  # that of this machine, for who called it
 
 
 # prune

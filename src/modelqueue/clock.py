@@ -57,6 +57,11 @@ def _counter() -> Callable[[], float]:
 _count = _counter()
 
 
+def offset() -> dt.timedelta:
+    """Return what `shift` was told last."""
+    return _offset
+
+
 def in_use() -> Clock:
     """Return the clock that `now` asks: that of the innermost `use`, else that of the system."""
     return _clock

@@ -7,7 +7,8 @@ however many tasks have been finished. NULL and foreign numbers are in none of t
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,15 +146,24 @@ class Failure:
         }
 
 
-def report(queues: Iterable[Queue[Any]], cap: int = CAP) -> list[Figures | Failure]:
+def report(
+    queues: Iterable[Queue[Any]],
+    cap: int = CAP,
+    clock_of: Callable[[str], AbstractContextManager[None]] = lambda using: nullcontext(),
+) -> list[Figures | Failure]:
     """Return the figures of queues, first those whose oldest due task has been waiting longest.
 
     Those that can not be looked at come last: they hide nothing of the others.
+
+    Args:
+        cap: how many tasks are counted.
+        clock_of: returns a block in which the clock of a database counts, by its alias.
     """
     found, failed = list[Figures](), list[Failure]()
     for queue in queues:
         try:
-            found.append(figures_of(queue, cap))
+            with clock_of(queue.using):
+                found.append(figures_of(queue, cap))
         except Exception as error:  # also of the callable that makes its queryset
             failed.append(Failure(queue, error))
     found.sort(key=lambda one: (-(one.longest_wait or 0.0), -one.due.number, one.queue.name))

@@ -15,13 +15,14 @@ from modelqueue.management.choose import (
     duration,
     one_of_the_states,
 )
+from modelqueue.management.clocks import Clocks
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.selection import Change, Selection, Verb, change, parse_key
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 there is no such queue or task, or some tasks could not be changed, as their "
-    "state forbids it or somebody has locked them; 2 wrong usage."
+    "Exit codes: 0 done; 1 there is no such task, or some tasks could not be changed, as their "
+    "state forbids it or somebody has locked them; 2 wrong usage, or there is no such queue."
 )
 #: The most primary keys that are listed.
 LISTED = 20
@@ -66,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
 
 def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
     (queue,) = chosen_queues([options["queue"]], [], None)
-    checked_using(queue)
     selection = selected(queue, options, verb)
-    result = change(queue, selection, verb, options["dry_run"])
+    with Clocks().of(checked_using(queue)):
+        result = change(queue, selection, verb, options["dry_run"])
     if options["json"]:
         command.stdout.write(json.dumps(as_dict(queue, verb, result, options["dry_run"]), default=str))
     else:

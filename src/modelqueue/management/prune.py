@@ -11,6 +11,7 @@ from django.core.management.base import BaseCommand
 
 from modelqueue import verbs
 from modelqueue.management.choose import chosen_queues, duration, one_of_the_states
+from modelqueue.management.clocks import Clocks
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted, hint
 from modelqueue.queues import Queue
@@ -31,8 +32,8 @@ STOPPED = "Stopped by Ctrl-C."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 done; 1 there is no such queue, or some tasks could not be deleted, as somebody has "
-        "locked them or a foreign key protects them, or a queue can not be pruned; 2 wrong usage."
+        "Exit codes: 0 done; 1 some tasks could not be deleted, as somebody has locked them or a foreign key "
+        "protects them, or a queue can not be pruned; 2 wrong usage, or there is no such queue."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -54,12 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
-    results = []
+    results, clocks = [], Clocks()
     for queue in chosen_queues(options["queues"], [], None):
-        result: dict[str, Any] = {"queue": queue.name}
+        result: dict[str, Any] = {
+            "queue": queue.name, "matching": 0, "deleted": 0, "locked": 0, "protected": 0, "protected_by": []
+        }  # fmt: skip
         results.append(result)
         try:
-            prune(queue, options, result)
+            with clocks.of(queue.using):
+                prune(queue, options, result)
         except Exception as error:  # a missing table hides no other queue
             result["error"] = f"{type(error).__name__}: {in_a_line(error)}"
             command.stderr.write(f"error: {queue.name} can not be pruned: {result['error']}\n{hint(error)}")
@@ -88,7 +92,6 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
 def prune(queue: Queue[Any], options: dict[str, Any], result: dict[str, Any]) -> None:
     """Delete the tasks of a queue, or count them; note meanwhile what ``--json`` prints of it."""
     age, state = options["older_than"], options["state"]
-    result.update(matching=0, deleted=0, locked=0, protected=0, protected_by=[])
     rows, name = queue.prunable(), queue.field.name
     old = verbs.ended_before(rows, name, age, state)
     result["matching"] = matching = old.count()

@@ -15,6 +15,7 @@ from django.db import close_old_connections
 from modelqueue.clock import now
 from modelqueue.durations import in_short
 from modelqueue.management.choose import chosen_queues
+from modelqueue.management.clocks import Clocks
 from modelqueue.management.words import hint
 from modelqueue.report import LATELY, Failure, Figures, report
 from modelqueue.status import State, Status
@@ -43,7 +44,7 @@ HEADERS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 shown; 1 there is no such queue, or one can not be looked at; 2 wrong usage."
+        "Exit codes: 0 shown; 1 a queue can not be looked at; 2 wrong usage, or there is no such queue."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -55,15 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
-    queues = chosen_queues(options["queues"], [], None)
+    queues, clocks = chosen_queues(options["queues"], [], None), Clocks()
     if not options["watch"]:
-        found = report(queues)
+        found = report(queues, clock_of=clocks.of)
         command.stdout.write(shown(found, options["json"]))
         return 1 if has_failed(found) else 0
     clear = CLEAR_SCREEN if command.stdout.isatty() and not options["json"] else ""
     try:
         while True:
-            found = report(queues)
+            found = report(queues, clock_of=clocks.of)
             command.stdout.write(clear + shown(found, options["json"]))
             command.stdout.flush()
             if has_failed(found):

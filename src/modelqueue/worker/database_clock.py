@@ -63,8 +63,8 @@ class DatabaseClock:
             level = logging.DEBUG if self._is_told else logging.WARNING
             logger.log(
                 level,
-                "The database %r takes too long to answer to tell the time, so the worker goes by the clock "
-                "of this machine. Keep the clocks synchronized.",
+                "The database %r takes too long to answer to tell the time, so that of this machine "
+                "counts. Keep the clocks synchronized.",
                 self.using,
             )
             self._is_told = True
@@ -74,7 +74,7 @@ class DatabaseClock:
         seconds = offset.total_seconds()
         if abs(seconds) >= _LARGE:
             logger.warning(
-                "The clock of this machine is %.1f s %s that of the database %r, which the worker follows. "
+                "The clock of this machine is %.1f s %s that of the database %r, which counts. "
                 "Keep the clocks synchronized.",
                 abs(seconds),
                 "behind" if seconds > 0 else "ahead of",
