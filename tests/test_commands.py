@@ -362,7 +362,9 @@ def test_queue_that_gives_no_queryset_stops_no_command_for_the_others(broken, su
 
 def test_queue_that_gives_no_queryset_is_in_no_database(broken, caplog):
     assert chosen_queues([], ["testapp.review"], "default") == [do_errand]
-    assert "a.broken is left out, as nobody knows where its tasks are: pop from empty list" in caplog.text
+    assert "nobody knows where the tasks of a.broken are: pop from empty list" in caplog.text
+    with pytest.raises(CommandError, match=r"leaves out: a\.broken is in none that is known\."):
+        chosen_queues([broken], [], "default")
 
 
 def test_tasks_of_a_queue_that_gives_no_queryset_can_not_be_changed(broken):
@@ -887,15 +889,16 @@ def test_progress_is_lines_on_a_terminal_without_tqdm(monkeypatch):
     [
         (
             ["status", "testapp.reviw"],
-            1,
+            2,
             r"There is no queue 'testapp.reviw'. Did you mean 'testapp.review'\?",
         ),
         (
             ["retry", "x", "--all"],
-            1,
+            2,
             "There is no queue 'x'. Declared are: testapp.do_errand, testapp.review",
         ),
-        (["prune", "x", "--older-than", "5s"], 1, "There is no queue 'x'"),
+        (["worker", "--database", "x"], 2, "There is no database 'x'"),
+        (["prune", "x", "--older-than", "5s"], 2, "There is no queue 'x'"),
         (["cancel", NAME], 2, "This would cancel every task of testapp.do_errand. Say which: .* or --all"),
         (
             ["cancel", NAME, "--all", "--pk", "1"],
@@ -920,13 +923,22 @@ def test_wrong_call_is_refused_with_its_exit_code(arguments, code, text):
 
 def test_queues_of_the_worker_are_chosen_by_database_too():
     assert chosen_queues([], ["testapp.review"], "default") == [do_errand]
-    for exclude, using, text in (
-        ([], "nowhere", "There is no database 'nowhere'. DATABASES has: default, other."),
-        ([], "other", "these options leave none"),
-        ([NAME, "testapp.review"], None, "these options leave none"),
+    for names, exclude, using, text in (
+        ([], [], "nowhere", "There is no database 'nowhere'. DATABASES has: default, other."),
+        ([], [NAME], "other", "--database other leaves out: testapp.review is in default."),
+        ([], [NAME, "testapp.review"], None, f"--exclude leaves none of {NAME}, testapp.review."),
+        ([NAME], [NAME], None, f"--exclude leaves none of {NAME}."),
     ):
-        with pytest.raises(CommandError, match=text):
-            chosen_queues([], exclude, using)
+        with pytest.raises(CommandError, match=text) as error:
+            chosen_queues(names, exclude, using)
+        assert error.value.returncode == 2
+
+
+def test_queue_that_was_named_is_not_dropped_in_silence_for_its_database(declare):
+    elsewhere = declare(Errand.objects.using("other"), "status", name="elsewhere")(succeed)
+    assert chosen_queues([], [], "other") == [elsewhere]
+    with pytest.raises(CommandError, match=f"--database other leaves out: {NAME} is in default."):
+        chosen_queues(["elsewhere", NAME], [], "other")
 
 
 def test_project_without_queues_is_told_how_to_declare_one(monkeypatch):
@@ -1025,7 +1037,7 @@ def test_exit_codes_of_real_processes():
     again = manage("retry", NAME, "--pk", errand.pk)
     assert (again.returncode, again.stderr) == (1, f"Left alone, as waiting: {errand.pk}.\n")
     unknown = manage("status", "testapp.reviw")
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert unknown.stderr.startswith("CommandError: There is no queue 'testapp.reviw'. Did you mean")
     assert manage("cancel", NAME).returncode == 2
     wrong = manage("cancel", NAME, "--state", "over")

@@ -30,7 +30,7 @@ def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> li
     """Return the declared queues of these names, or all.
 
     Raises:
-        CommandError: there is none, or one of the names is none's.
+        CommandError: there is none, one of the names is none's, or one that was named is in another database.
     """
     declared = {queue.name: queue for queue in declared_queues()}
     if not declared:
@@ -42,25 +42,37 @@ def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> li
         if name not in declared:
             raise CommandError(
                 f"There is no queue {name!r}. {did_you_mean(name, declared)}"
-                f"Declared are: {', '.join(declared)}."
+                f"Declared are: {', '.join(declared)}.",
+                returncode=WRONG_USAGE,
             )
     if using is not None and using not in connections:
-        raise CommandError(f"There is no database {using!r}. DATABASES has: {', '.join(connections)}.")
-    queues = [
-        queue
-        for name, queue in declared.items()
-        if name in (names or declared) and name not in exclude and (using is None or _using(queue) == using)
+        raise CommandError(
+            f"There is no database {using!r}. DATABASES has: {', '.join(connections)}.",
+            returncode=WRONG_USAGE,
+        )
+    chosen = [
+        queue for name, queue in declared.items() if name in (names or declared) and name not in exclude
     ]
-    if not queues:
-        raise CommandError("Of the declared queues these options leave none.")
-    return queues
+    if not chosen:
+        raise CommandError(
+            f"--exclude leaves none of {', '.join(names or declared)}.", returncode=WRONG_USAGE
+        )
+    if using is None:
+        return chosen
+    places = {queue.name: _using(queue) for queue in chosen}
+    elsewhere = [
+        f"{name} is in {place or 'none that is known'}" for name, place in places.items() if place != using
+    ]
+    if elsewhere and (names or len(elsewhere) == len(chosen)):
+        raise CommandError(f"--database {using} leaves out: {', '.join(elsewhere)}.", returncode=WRONG_USAGE)
+    return [queue for queue in chosen if places[queue.name] == using]
 
 
 def _using(queue: Queue[Any]) -> str | None:
     try:
         return queue.using
     except Exception as error:  # of the callable that makes its queryset
-        logger.warning("%s is left out, as nobody knows where its tasks are: %s", queue.name, error)
+        logger.warning("Left out, as nobody knows where the tasks of %s are: %s", queue.name, error)
         return None
 
 

@@ -50,8 +50,8 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.epilog = (
-        "Exit codes: 0 stopped; 1 there is no such queue, a database can not be used, or the worker has a "
-        "fault; 2 wrong usage; 3 --drain has left something due."
+        "Exit codes: 0 stopped; 1 it has failed, or a database can not be used when --drain begins; "
+        "2 wrong usage, or there is no such queue; 3 --drain has left something due."
     )
     add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
     add(
@@ -93,7 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tasks", type=_at_least(1), metavar="N", help="replace a process after so many tasks")
     add("--max-memory", type=_at_least(1), metavar="MIB", help="replace a process that uses more memory")
     add("--max-seconds", type=_some_seconds, metavar="SECONDS", help="replace a process after so long")
-    add("--health-file", metavar="PATH", help="write this file each second while the database answers")
+    add(
+        "--health-file",
+        metavar="PATH",
+        help="write this file each second while the database and a process of the worker answer",
+    )
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
