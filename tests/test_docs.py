@@ -507,6 +507,15 @@ def test_log_line_has_its_keys_in_the_reference(name, events):
     assert set(vars(events[1][name])) - plain - {"message"} == documented
 
 
+def test_log_lines_of_the_worker_are_those_of_the_reference():
+    source = [ast.parse(path.read_text()) for path in (pages.ROOT / "src/modelqueue").rglob("*.py")]
+    constants = [node.value for one in source for node in ast.walk(one) if isinstance(node, ast.Constant)]
+    _, _, text = (REFERENCE / "logging.md").read_text().partition("## The worker")
+    for row in table_after(text, "| level | text | |"):
+        for words in re.findall(r'"([^"]+)"', row[1]):
+            assert any(isinstance(one, str) and words in one for one in constants), words
+
+
 def test_every_outcome_is_explained():
     words = {f"`{word}`" for word in get_args(Ending)}
     table = table_after((pages.DOCS / "explanation/outcomes.md").read_text(), "| the action |")
