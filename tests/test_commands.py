@@ -609,6 +609,11 @@ def test_clock_of_the_database_counts(ahead, caplog, monkeypatch):
     assert modelqueue.now() >= before  # that of this machine, for who called it
 
 
+def test_clock_that_a_test_has_set_counts_and_not_that_of_the_database(ahead, frozen):
+    make(Status.waiting(frozen.moment - HOUR))
+    assert call_json("status", NAME)[1]["queues"][0]["longest_wait"] == HOUR.seconds
+
+
 # prune
 
 

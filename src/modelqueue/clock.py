@@ -67,6 +67,11 @@ def in_use() -> Clock:
     return _clock
 
 
+def is_replaced() -> bool:
+    """Say whether a test has set the clock, by `use`."""
+    return _clock is not _system_clock
+
+
 @contextmanager
 def use(clock: Clock) -> Iterator[None]:
     """Let `now` ask `clock`, in every thread of this process, until the block ends.
