@@ -5,8 +5,6 @@ from django.db import connections
 
 from modelqueue.worker.options import Options
 from modelqueue.worker.pools import too_small_pools
-from tests.actions import succeed
-from tests.testapp.models import Errand
 from tests.testapp.queues import do_errand, review
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from django.db import connections
@@ -24,9 +23,11 @@ def too_small_pools(queues: Iterable[Queue[Any]], options: Options) -> list[str]
     needed: dict[str, int] = {}
     for queue in queues:
         slots = (queue.slots or ASYNC_SLOTS) if queue.is_async else 0
-        with suppress(Exception):  # of the callable that makes its queryset, which the prober tells
+        try:
             using = queue.using
-            needed[using] = needed.get(using, _OWN + options.threads) + slots
+        except Exception:  # noqa: S112  (of the callable that makes its queryset, which the prober tells)
+            continue
+        needed[using] = needed.get(using, _OWN + options.threads) + slots
     found = []
     for using, number in needed.items():
         size = _size(connections[using].settings_dict["OPTIONS"].get("pool"))
