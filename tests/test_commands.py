@@ -3,6 +3,7 @@
 import datetime as dt
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -788,6 +789,40 @@ def test_worker_is_as_big_as_it_is_told(supervise):
     assert (one.options.processes, one.options.poll, one.options.max_seconds) == (2, 0.5, 1.5)
     assert out.startswith("Serving 1 queue with 2 processes of 4 threads:\n")
     assert out.endswith("Stop it with Ctrl-C.\n")
+
+
+def bare_logger(monkeypatch):
+    """Return that of the package, without the handlers of pytest, which come with the call of a test."""
+    logger = logging.getLogger("modelqueue")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr(logger, "_cache", {})  # of what that level lets through
+    return logger
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "level", "handlers"),
+    [(0, logging.ERROR, 1), (1, None, 0), (2, logging.DEBUG, 1), (3, logging.DEBUG, 1)],
+)
+def test_worker_shows_log_lines_where_the_project_does_not(
+    verbosity, level, handlers, supervise, monkeypatch
+):
+    supervise()
+    logger = bare_logger(monkeypatch)
+    before = logger.level
+    code, out, _ = call("worker", verbosity=verbosity)
+    assert (code, bool(out)) == (0, verbosity > 0)
+    assert (len(logger.handlers), logger.level) == (handlers, before if level is None else level)
+
+
+def test_worker_leaves_the_logging_of_the_project_alone(supervise, monkeypatch):
+    made = supervise()
+    logger = bare_logger(monkeypatch)
+    logger.addHandler(logging.NullHandler())
+    before = logger.level
+    call("worker", verbosity=2)
+    assert (len(logger.handlers), logger.level, made[0].options.verbosity) == (1, before, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The worker, as real processes with real signals: what it runs, how it stops, what dies with it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -433,6 +434,18 @@ def test_health_file_is_written_while_the_database_answers(workers, tmp_path):
     first = path.stat().st_mtime_ns
     wait_until(lambda: path.stat().st_mtime_ns > first)
     assert worker.stop()[0] == 0
+
+
+@pytest.mark.parametrize(("verbosity", "said"), [(0, False), (1, False), (2, True)])
+def test_worker_says_as_much_as_it_is_told(verbosity, said, workers):
+    (errand,) = make("")
+    worker = workers.start("--drain", "-v", verbosity)
+    assert worker.process.wait(30) == 0
+    assert stored(errand).state == State.finished
+    assert ("Serving" in worker.output) == (verbosity > 0)
+    assert (re.search(rf"DEBUG testapp.Errand {errand.pk} status: outcome finish", worker.output) is not None) == said
+    if not verbosity:
+        assert "error" not in worker.output.lower()
 
 
 # Wrong calls

@@ -23,6 +23,7 @@ from modelqueue.status import State, Status
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import SOMETHING_IS_DUE, Supervisor
 from modelqueue.worker.system import on_stop_signals
+from modelqueue.worker.verbosity import show_log_lines
 
 #: Due tasks that are counted before a drain; of more nobody knows when it will have ended.
 _MOST_COUNTED = 1_000_000
@@ -118,9 +119,14 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
         max_memory=options["max_memory"],
         max_seconds=options["max_seconds"],
         health_file=options["health_file"],
+        verbosity=options["verbosity"],
     )
 
+    show_log_lines(worker.verbosity)
+
     def write(text: str) -> None:
+        if not worker.verbosity:
+            return
         command.stdout.write(text)
         command.stdout.flush()  # or a file, or the log of a container, gets it at the end
 

@@ -33,3 +33,5 @@ class Options:
     """Seconds after which a process is replaced."""
     health_file: str | None = None
     """A file that is written every second while the worker is well."""
+    verbosity: int = 1
+    """How much it says, see `show_log_lines`."""

@@ -27,6 +27,7 @@ from modelqueue.worker.running import Register
 from modelqueue.worker.slots import Lane, Slots
 from modelqueue.worker.system import end_without_fail, leave_stop_signals_to_the_supervisor, memory
 from modelqueue.worker.threads import Threads
+from modelqueue.worker.verbosity import show_log_lines
 
 __all__ = ["main"]
 
@@ -47,6 +48,7 @@ def main(options: Options, pipe: Connection[Any, Any]) -> None:
     leave_stop_signals_to_the_supervisor()
     if not apps.ready:
         django.setup()
+    show_log_lines(options.verbosity)
     Process(options, pipe).run()
     end_without_fail(_ONE_MOMENT)
 
