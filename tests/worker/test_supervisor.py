@@ -530,11 +530,15 @@ def test_error_of_its_own_leaves_no_process_behind(ends_by_itself, code, play, m
 
 
 def test_error_of_its_own_while_it_ends_after_another_leaves_no_process_behind(play, monkeypatch):
-    game = play()
+    def fail():
+        game.children[0].die(0)
+        raise ZeroDivisionError
+
+    game = play(processes=2)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    monkeypatch.setattr(game.supervisor, "_bury", lambda: 1 / 0)
+    monkeypatch.setattr(game.supervisor, "_bury", fail)
     wait_until(lambda: not game.thread.is_alive())
-    assert game.children[0].process.exitcode == -9
+    assert [child.process.exitcode for child in game.children] == [0, -9]
 
 
 def test_what_processes_leave_after_an_error_of_its_own_is_given_back(play, monkeypatch):
