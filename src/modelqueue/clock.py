@@ -12,8 +12,11 @@ from contextlib import contextmanager
 
 Clock = Callable[[], dt.datetime]
 
-#: A time, and the count of `steady` at that time; None: the clock of the machine is asked.
-_anchor: tuple[dt.datetime, float] | None = None
+#: A time, and the count of `steady` at that time.
+Anchor = tuple[dt.datetime, float]
+
+#: None: the clock of the machine is asked.
+_anchor: Anchor | None = None
 
 
 def _system_clock() -> dt.datetime:
@@ -40,8 +43,7 @@ def shift(by: dt.timedelta | None) -> None:
     Args:
         by: zero or negative, too; None: ask the machine's clock again, whatever it says.
     """
-    global _anchor  # noqa: PLW0603
-    _anchor = None if by is None else (dt.datetime.now(dt.timezone.utc) + by, steady())
+    go_by(None if by is None else (dt.datetime.now(dt.timezone.utc) + by, steady()))
 
 
 def steady() -> float:
@@ -57,9 +59,15 @@ def _counter() -> Callable[[], float]:
 _count = _counter()
 
 
-def offset() -> dt.timedelta:
-    """Return what `shift` was told last."""
-    return _offset
+def anchor() -> Anchor | None:
+    """Return what `now` goes by since `shift`, for `go_by`."""
+    return _anchor
+
+
+def go_by(known: Anchor | None) -> None:
+    """Let `now` go by what `anchor` has returned."""
+    global _anchor  # noqa: PLW0603
+    _anchor = known
 
 
 def in_use() -> Clock:

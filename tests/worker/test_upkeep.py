@@ -247,6 +247,7 @@ def test_worker_that_is_stopping_does_no_upkeep(queue, supervise):
     work = Work()
     one, thread = supervise(queue(work), grace=60.0)
     work.is_called(1)
+    wait_until(lambda: Played.started)
     one.stop()
     wait_until(lambda: one._upkeep.has_ended)
     assert thread.is_alive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,7 @@ class Clocks:
 
     def __init__(self) -> None:
         self._clocks: dict[str, DatabaseClock] = {}
-        self._offsets: dict[str, dt.timedelta] = {}
+        self._anchors: dict[str, clock.Anchor | None] = {}
 
     @contextmanager
     def of(self, using: str) -> Iterator[None]:
@@ -29,11 +28,11 @@ class Clocks:
         if clock.is_replaced():
             yield
             return
-        before = clock.offset()
-        clock.shift(self._offsets.get(using, before))
+        before = clock.anchor()
+        clock.go_by(self._anchors.get(using, before))
         self._clocks.setdefault(using, DatabaseClock(using)).follow()
-        self._offsets[using] = clock.offset()
+        self._anchors[using] = clock.anchor()
         try:
             yield
         finally:
-            clock.shift(before)
+            clock.go_by(before)
