@@ -4,13 +4,13 @@ import contextlib
 import random
 
 import pytest
-from django.db import connection, models
+from django.db import DatabaseError, connection, models, transaction
 from django.db.models import Exists, F, OuterRef
 from django.test.utils import isolate_apps
 
 import modelqueue
 from modelqueue import State, Status, run, verbs
-from modelqueue.engines.postgresql import _in_order
+from modelqueue.engines.postgresql import PostgreSQLEngine, _in_order
 from modelqueue.engines.statements import columns_of
 from modelqueue.source import Source
 from tests.actions import stored, succeed, unexpected
@@ -303,12 +303,116 @@ def test_parameters_that_the_driver_binds_on_the_server(settings):
         connection.settings_dict["OPTIONS"] = options
 
 
+@pytest.fixture
+def refusing_trigger():
+    """PostgreSQL leaves rows with the data "refused" as they are, and raises nothing."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "IF OLD.data = 'refused' THEN RETURN NULL; END IF; RETURN NEW; END $$"
+        )
+        cursor.execute(
+            "CREATE TRIGGER refuse BEFORE UPDATE ON testapp_task FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+    yield
+    with connection.cursor() as cursor:
+        cursor.execute("DROP FUNCTION refuse CASCADE")
+
+
+@pytest.mark.vendor("postgresql")
+@pytest.mark.parametrize("limit", [1, 3, 30])
+def test_rows_that_a_trigger_leaves_as_they_are_do_not_hold_up_those_behind(refusing_trigger, limit):
+    Task.objects.bulk_create([Task(data="refused", status=Status.waiting(0)) for _ in range(25)])
+    behind = [Task.objects.create(status=Status.waiting(1)) for _ in range(3)]
+    claimed = []
+    while claims := claim(Task.objects, limit):
+        claimed += [one.task for one in claims]
+    assert claimed == behind
+
+
+# Values that Python does not have
+
+
+NOT_IN_PYTHON = {
+    "infinity": (models.DateTimeField, "'infinity'"),
+    "before Christ": (models.DateField, "'0044-03-15 BC'"),
+    "after the year 9999": (models.DateTimeField, "'12000-01-01'"),
+    "too long": (models.DurationField, "interval '5000000 years'"),
+}
+
+
+@pytest.mark.vendor("postgresql")
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg 2"])
+@pytest.mark.parametrize("place", ["autocommit", "transaction"])
+@pytest.mark.parametrize("name", NOT_IN_PYTHON)
+@isolate_apps("tests.testapp")
+def test_row_that_the_driver_can_not_read_is_claimed_and_so_are_its_neighbours(
+    name, place, driver, table, monkeypatch
+):
+    kind, value = NOT_IN_PYTHON[name]
+
+    class DatedTask(models.Model):
+        due = kind(null=True)
+        data = models.JSONField(default=dict)
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    if driver == "psycopg 2":  # whose rows can not be read one by one
+        monkeypatch.setattr(PostgreSQLEngine, "_is_psycopg_2", True)
+    table(DatedTask)
+    tasks = [DatedTask.objects.create(data={"number": number}) for number in range(4)]
+    with connection.cursor() as cursor:
+        cursor.execute(f"UPDATE testapp_datedtask SET due = {value} WHERE id = {tasks[1].pk}")
+    with transaction.atomic() if place == "transaction" else contextlib.nullcontext():
+        claims = claim(DatedTask.objects, 3)
+    assert [one.row.pk for one in claims] == [task.pk for task in tasks[:3]]
+    assert [one.row.status for one in claims] == [task.status for task in tasks[:3]]
+    assert [one.task for one in claims] == [tasks[0], None, tasks[2]]
+    assert claims[2].task.data == {"number": 2}
+    assert isinstance(claims[1].error, DatabaseError | OverflowError)
+    assert list(DatedTask.objects.order_by("pk").values_list("status", flat=True)) == [
+        *(one.lease for one in claims),
+        tasks[3].status,
+    ]
+
+
+@pytest.mark.vendor("postgresql")
+@isolate_apps("tests.testapp")
+def test_row_that_the_driver_can_not_read_fails_alone(table, declare):
+    class DatedTask(models.Model):
+        due = models.DateTimeField(null=True)
+        began = models.DateTimeField(null=True)
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(DatedTask)
+    tasks = [DatedTask.objects.create() for _ in range(4)]
+    with connection.cursor() as cursor:
+        cursor.execute(f"UPDATE testapp_datedtask SET due = 'infinity' WHERE id = {tasks[0].pk}")
+        cursor.execute(f"UPDATE testapp_datedtask SET began = 'infinity' WHERE id = {tasks[1].pk}")
+    moment = modelqueue.now()
+    queue = declare(DatedTask, "status", name="dated", retry=0, claim_values={"began": moment})(unexpected)
+    claimed = queue.claim(3)
+    assert claimed == tasks[1:3]
+    assert [queue.release(task) for task in claimed] == [True, True]
+    sound = DatedTask.objects.exclude(pk=tasks[0].pk).order_by("pk")
+    assert list(sound.values_list("status", flat=True)) == [task.status for task in tasks[1:]]
+    # What stood there could not be read, so it is not put back.
+    assert list(sound.values_list("began", flat=True)) == [moment, None, None]
+    failed = DatedTask.objects.values_list("status", flat=True).get(pk=tasks[0].pk)
+    assert (failed.state, failed.attempts) == (State.canceled, 1)
+
+
 @pytest.mark.vendor("postgresql")
 def test_rows_whose_keys_have_no_order_are_in_that_of_their_status():
-    assert _in_order([({"a": 1}, 7), ({"b": 2}, 5), ({"c": 3}, 7)]) == [
-        ({"b": 2}, 5),
-        ({"a": 1}, 7),
-        ({"c": 3}, 7),
+    assert _in_order([(3, {"a": 1}, 7), (3, {"b": 2}, 5), (3, {"c": 3}, 7)]) == [
+        (3, {"b": 2}, 5),
+        (3, {"a": 1}, 7),
+        (3, {"c": 3}, 7),
     ]
 
 

@@ -130,10 +130,13 @@ class Engine(Session):
         self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
     ) -> list[Claim[M]]:
         with self.transaction():
-            free = self._lock(source, candidates)[:limit]
-            tasks = self._load(source, free)
-            claims = [self._claim_row(source, row, tasks.get(row.pk), clock) for row in free]
-            return [claim for claim in claims if claim is not None]
+            free, claims = self._lock(source, candidates), list[Claim[M]]()
+            while free and len(claims) < limit:  # again, as a trigger may leave rows as they are
+                rows, free = free[: limit - len(claims)], free[limit - len(claims) :]
+                tasks = self._load(source, rows)
+                made = [self._claim_row(source, row, tasks.get(row.pk), clock) for row in rows]
+                claims += [claim for claim in made if claim is not None]
+            return claims
 
     def _claim_one_by_one(
         self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int

@@ -15,7 +15,7 @@ import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from django.db import connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -30,6 +30,7 @@ from modelqueue.status import State, Status
 __all__ = [
     "Columns",
     "Selection",
+    "Unreadable",
     "columns_of",
     "has_composite_key",
     "is_one_of",
@@ -151,6 +152,12 @@ def _for_the_moment(
     return Selection(made.sql, bounds, made.alias, made.converted)
 
 
+class Unreadable(NamedTuple):
+    """What stands for a value that the driver can not make one of Python's of."""
+
+    error: Exception
+
+
 class Columns(Generic[M]):
     """All columns of a model's table, as SQL, and how an instance is made of their values."""
 
@@ -169,6 +176,9 @@ class Columns(Generic[M]):
     def claim(self, source: Source[M], row: Candidate, lease: Status, values: Sequence[Any]) -> Claim[M]:
         """Return the claim of a row that has these values, whether an instance can be made of them or not."""
         try:
+            for value in values:
+                if isinstance(value, Unreadable):
+                    raise value.error
             task = self.instance(values)
         except Exception as error:
             return Claim(row, lease, None, error)
@@ -182,6 +192,8 @@ class Columns(Generic[M]):
         """
         known = {}
         for name, value in zip(names, values, strict=False):
+            if isinstance(value, Unreadable):
+                continue
             with suppress(Exception):  # of the field
                 known[name] = self._converted(value, self._converters.get(self.names.index(name)))
         return known or None
