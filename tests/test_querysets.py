@@ -291,6 +291,22 @@ def test_no_more_are_claimed_than_were_asked_for_where_some_are_taken(monkeypatc
 
 
 @pytest.mark.usefixtures("step_by_step")
+def test_what_is_claimed_is_returned_also_when_more_candidates_can_not_be_read(monkeypatch, caplog):
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(25)])
+    read, pages = Engine._read_page, []
+
+    def read_once(self, *arguments):
+        pages.append(arguments)
+        if len(pages) > 1:
+            raise OperationalError("the disk is full")
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_read_page", read_once)
+    assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 25)] == tasks[:20]
+    assert "testapp.Task: fewer are claimed" in caplog.text
+
+
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize("is_something_claimed", [True, False])
 def test_what_is_claimed_is_run_also_when_the_next_page_can_not_be_read(
     is_something_claimed, monkeypatch, caplog

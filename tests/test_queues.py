@@ -7,6 +7,7 @@ import re
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.db import OperationalError
 
 import modelqueue
 from modelqueue import State, Status, clock, queues
@@ -308,6 +309,38 @@ def test_row_that_can_not_be_claimed_as_an_instance_has_failed(monkeypatch):
         State.canceled,
         1,
     )  # LookupError is in cancel_on
+
+
+def test_failure_that_can_not_be_recorded_costs_nobody_the_other_tasks(monkeypatch, caplog):
+    broken, sound = Errand.objects.create(), Errand.objects.create()
+    from_db = Errand.from_db.__func__
+
+    def fail_for_one(cls, using, names, values):
+        if values[list(names).index("id")] == broken.pk:
+            raise LookupError
+        return from_db(cls, using, names, values)
+
+    def fail(self, error):
+        raise OperationalError("the disk is full")
+
+    monkeypatch.setattr(Errand, "from_db", classmethod(fail_for_one))
+    monkeypatch.setattr(queues.Attempt, "settle", fail)
+    assert do_errand.claim(2) == [sound]
+    assert f"testapp.do_errand: the failure of {broken.pk} can not be recorded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "text"),
+    [
+        (None, TypeError, r"claim\(\) takes an int, how many tasks at most, not None"),
+        (True, TypeError, "not True"),
+        (-1, ValueError, r"claim\(-1\) would take no task. Give 1 or more"),
+        (0, ValueError, "Give 1 or more"),
+    ],
+)
+def test_claim_of_no_number_is_refused(limit, error, text):
+    with pytest.raises(error, match=text):
+        do_errand.claim(limit)
 
 
 def test_task_is_not_given_back_while_its_lease_is_in_the_future(monkeypatch):

@@ -220,15 +220,25 @@ class Queue(Generic[M]):
         """Take up to `limit` due tasks without running them; they are this caller's for one lease.
 
         Give each back with `release`, or set its status by `QuerySet.update`, filtered by the claimed one.
+
+        Raises:
+            TypeError, ValueError: `limit` is no int, or less than 1.
         """
         source, tasks = self.source(), list[M]()
-        for claim in verbs.claim(source, limit):
-            if claim.task is None:  # the row can not be made into an instance
-                Attempt(source, self.policy, claim).settle(claim.error)
+        for claim in verbs.claim(source, _checked_limit(limit)):
+            if claim.task is None:
+                self._settle_broken(source, claim)
                 continue
             claim.task.__dict__[_CLAIM] = claim
             tasks.append(claim.task)
         return tasks
+
+    def _settle_broken(self, source: Source[M], claim: Claim[M]) -> None:
+        """Record the failure of a row that can not be made into an instance."""
+        try:
+            Attempt(source, self.policy, claim).settle(claim.error)
+        except Exception:  # the others are the caller's already; this one is left to its recovery
+            logger.exception("%s: the failure of %s can not be recorded.", self.name, claim.row.pk)
 
     def release(self, task: M) -> bool:
         """Give a task of `claim` back uncharged; return whether it was still ours.
@@ -450,6 +460,14 @@ def _checked_slots(slots: object) -> int | None:
     if slots < 1:
         raise ValueError(f"slots={slots} would never run a task. Give 1 or more, or None.")
     return slots
+
+
+def _checked_limit(limit: object) -> int:
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"claim() takes an int, how many tasks at most, not {limit!r}.")
+    if limit < 1:
+        raise ValueError(f"claim({limit}) would take no task. Give 1 or more.")
+    return limit
 
 
 def _checked_hook(name: str, hook: Any, *arguments: str) -> Any:

@@ -97,22 +97,21 @@ class Engine(Session):
 
     def _claim_step_by_step(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         claims: list[Claim[M]] = []
-        for page in self._pages(source, partial(source.due, clock())):
-            # First as many as are wanted, since the head of the queue is what should run; where that
-            # is taken, ever more at once, since somebody may hold very many rows.
-            size = limit
-            while page and len(claims) < limit:
-                chunk, page, size = page[:size], page[size:], size * 2
-                try:
+        try:
+            for page in self._pages(source, partial(source.due, clock())):
+                # First as many as are wanted, since the head of the queue is what should run; where that
+                # is taken, ever more at once, since somebody may hold very many rows.
+                size = limit
+                while page and len(claims) < limit:
+                    chunk, page, size = page[:size], page[size:], size * 2
                     claims += self._claim_among(source, chunk, clock, limit - len(claims))
-                except Exception:
-                    if not claims:
-                        raise
-                    # What is claimed already is committed, and nobody else would run it.
-                    logger.warning("%s: fewer are claimed.", source.model._meta.label, exc_info=True)
-                    return claims
-            if len(claims) >= limit:
-                break
+                if len(claims) >= limit:
+                    break
+        except Exception:
+            if not claims:
+                raise
+            # What is claimed already is committed, and nobody else would run it.
+            logger.warning("%s: fewer are claimed.", source.model._meta.label, exc_info=True)
         return claims
 
     def _claim_among(
