@@ -2,6 +2,7 @@
 
 import datetime as dt
 import functools
+import importlib
 import inspect
 import re
 
@@ -17,7 +18,7 @@ from tests.actions import MILLISECOND, SECOND, heard, row, stored, succeed
 from tests.testapp.models import Errand, Job, Paper, PlainJob, PrintJob, ProxyJob, Quotation, Receipt, Task
 from tests.testapp.queues import do_errand, review
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
 
 
 # Declaring
@@ -169,6 +170,41 @@ def test_module_that_is_imported_again_declares_its_queues_anew(declare):
     assert queues._declared["tasks"] is made
 
 
+MODULE = """
+import modelqueue
+from tests.testapp.models import Task
+
+
+def declare_for(data):
+    @modelqueue.queue(Task.objects.filter(data=data), "status", name="tasks")
+    def work(task): ...
+
+
+declare_for("a")
+"""
+
+
+def test_queue_that_a_function_declares_twice_for_other_tasks_is_refused(declare, tmp_path, monkeypatch):
+    (tmp_path / "made_by_function.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("made_by_function")
+    first = queues._declared["tasks"]
+    with pytest.raises(ValueError, match=r"There are two queues of the name 'tasks'.*name="):
+        module.declare_for("b")
+    assert queues._declared["tasks"] is first
+    importlib.reload(module)
+    assert queues._declared["tasks"] is not first
+    assert declared_on(Task._meta.get_field("status")) == [queues._declared["tasks"]]
+
+
+def test_attributes_of_an_action_hide_nothing_of_its_queue(declare):
+    def work(task): ...
+
+    work.retry = work.name = work.claim_values = 5
+    made = declare(Task, "status", name="tasks")(work)
+    assert (made.retry(), made.name, made.claim_values) == (0, "tasks", None)
+
+
 @pytest.mark.parametrize("model", [Job, ProxyJob, PrintJob])
 def test_run_refuses_a_field_that_has_a_declared_queue(model, declare):
     declare(Job, "status", name="jobs")(succeed)
@@ -272,6 +308,54 @@ def test_enqueue_takes_all_some_or_one():
     assert do_errand.enqueue(Errand.objects.filter(pk=errands[1].pk), priority=5) == 1
     assert do_errand.enqueue(at=dt.datetime(2099, 1, 1)) == 3
     assert do_errand.tally()["waiting"] == 3
+
+
+VERBS = {"enqueue": State.finished, "retry": State.canceled, "cancel": State.waiting}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_is_for_one_task_for_some_or_without_an_argument_for_all(verb):
+    first, *_ = errands = [Errand.objects.create(status=Status.combine(VERBS[verb], 5, 0)) for _ in range(4)]
+    change = getattr(do_errand, verb)
+    assert change(first) == 1
+    assert change(Errand.objects.filter(pk=errands[1].pk)) == 1
+    assert change() == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_refuses_what_is_no_task_of_the_queue(verb):
+    errand = Errand.objects.create(status=Status.combine(VERBS[verb], 5, 0))
+    change = getattr(do_errand, verb)
+    with pytest.raises(TypeError, match=rf"{verb}\(\) takes .* not None. Call {verb}\(\) without it for all"):
+        change(Errand.objects.filter(title="nobody").first())
+    for other in (Task.objects.all(), Task.objects.create()):
+        with pytest.raises(TypeError, match=rf"{verb}\(\) .* takes tasks of Errand, not of Task"):
+            change(other)
+    with pytest.raises(ValueError, match=rf"{verb}\(\): .* is not saved"):
+        change(Errand())
+    assert stored(errand) == errand.status
+
+
+@pytest.mark.parametrize("model", [Job, ProxyJob, PrintJob])
+def test_verb_takes_tasks_of_kinds_of_the_model(model, declare):
+    made = declare(Job, "status", name="jobs")(succeed)
+    first, _ = model.objects.create(), model.objects.create()
+    assert made.cancel(first) == 1
+    assert made.cancel(model.objects.all()) == 1
+
+
+def test_tally_counts_where_claims_are_made(declare, settings):
+    class Replica:
+        def db_for_read(self, model, **hints):
+            return "other"
+
+        def db_for_write(self, model, **hints):
+            return "default"
+
+    made = declare(Task, "status", name="tasks")(succeed)
+    settings.DATABASE_ROUTERS = [Replica()]
+    Task.objects.create()
+    assert made.tally()["waiting"] == 1
 
 
 def test_claimed_task_is_released_as_it_was():

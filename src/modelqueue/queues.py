@@ -50,14 +50,17 @@ SHORTEST_LEASE = dt.timedelta(seconds=3)
 #: Under the instance's __dict__: the claim that `Queue.release` gives back.
 _CLAIM = "_modelqueue_claim"
 
+#: What a verb of a queue changes where nothing is named; not None, which first() returns if it finds none.
+ALL: Any = type("All", (), {"__repr__": lambda self: "all"})()
+
 _declared: dict[str, Queue[Any]] = {}
 
 
 class Queue(Generic[M]):
     """A declared queue: tasks, the action that is run on each, and its options. Made by `queue`.
 
-    Calling it calls the action. Wherever a method takes `tasks`, it is a queryset of the model (or one
-    instance for `enqueue`), and without it all tasks of the queue are meant.
+    Calling it calls the action. Wherever a method takes `tasks`, it is a queryset of the model or one
+    instance, and without it all tasks of the queue are meant.
     """
 
     name: str
@@ -74,7 +77,8 @@ class Queue(Generic[M]):
     def __init__(
         self, origin: Origin[M], field: str, action: Callable[[M], object], *, where: str, **options: Any
     ) -> None:
-        functools.update_wrapper(self, action)
+        # Not its __dict__: what somebody has hung on it would hide methods and options of the queue.
+        functools.update_wrapper(self, action, updated=())
         self.origin = origin
         self.action = action
         self.where = where
@@ -169,17 +173,21 @@ class Queue(Generic[M]):
     # The verbs
 
     def enqueue(
-        self, tasks: Tasks[M] | M | None = None, at: dt.datetime | None = None, priority: int | None = None
+        self, tasks: Tasks[M] | M = ALL, at: dt.datetime | None = None, priority: int | None = None
     ) -> int:
         """Make tasks waiting, see `modelqueue.enqueue`; return how many.
 
         The priority of a single instance, given without `at` and `priority`, is chosen by `next_priority`,
         if the queue has that.
+
+        Raises:
+            TypeError, ValueError: `tasks` are none of this queue's model, or see `modelqueue.enqueue`.
         """
+        self._check_tasks("enqueue", tasks)
         choose = self.policy.next_priority
         if choose is not None and isinstance(tasks, models.Model) and at is None and priority is None:
             return verbs.enqueue_placed(tasks, self.field.name, choose)
-        return verbs.enqueue(self.rows() if tasks is None else tasks, self.field.name, at, priority)
+        return verbs.enqueue(self.rows() if tasks is ALL else tasks, self.field.name, at, priority)
 
     def run(self) -> M | None:
         """Run the next due task in this thread, see `modelqueue.run`. Its lease is renewed meanwhile.
@@ -259,15 +267,45 @@ class Queue(Generic[M]):
 
     def tally(self) -> dict[str, int]:
         """Count the tasks by state, see `Status.tally`."""
-        return Status.tally(self.rows(), self.field.name)
+        return Status.tally(self.source().queryset, self.field.name)
 
-    def retry(self, tasks: Tasks[M] | None = None) -> int:
-        """Make canceled tasks waiting again, with no attempts made yet; return how many."""
-        return verbs.retry(self.rows() if tasks is None else tasks, self.field.name)
+    def retry(self, tasks: Tasks[M] | M = ALL) -> int:
+        """Make canceled tasks waiting again, with no attempts made yet; return how many.
 
-    def cancel(self, tasks: Tasks[M] | None = None) -> int:
-        """Cancel created, waiting and working tasks; return how many. Locked ones are left alone."""
-        return verbs.cancel(self.rows() if tasks is None else tasks, self.field.name)
+        Raises:
+            TypeError, ValueError: `tasks` are none of this queue's model, or not saved.
+        """
+        return verbs.retry(self._queryset("retry", tasks), self.field.name)
+
+    def cancel(self, tasks: Tasks[M] | M = ALL) -> int:
+        """Cancel created, waiting and working tasks; return how many. Locked ones are left alone.
+
+        Raises:
+            TypeError, ValueError: `tasks` are none of this queue's model, or not saved.
+        """
+        return verbs.cancel(self._queryset("cancel", tasks), self.field.name)
+
+    def _queryset(self, verb: str, tasks: Tasks[M] | M) -> Tasks[M]:
+        if tasks is ALL:
+            return self.rows()
+        self._check_tasks(verb, tasks)
+        return verbs.rows_of(verb, tasks) if isinstance(tasks, models.Model) else tasks
+
+    def _check_tasks(self, verb: str, tasks: Any) -> None:
+        """Raise if these are no tasks of the model; None for example, where first() has found none."""
+        if tasks is ALL:
+            return
+        if not isinstance(tasks, (models.QuerySet, models.Manager, models.Model)):
+            raise TypeError(
+                f"{verb}() takes a QuerySet, a Manager or an instance of {self.model.__name__}, not "
+                f"{tasks!r}. Call {verb}() without it for all tasks of the queue."
+            )
+        model = type(tasks) if isinstance(tasks, models.Model) else tasks.model
+        if not issubclass(model, self.model._meta.concrete_model or self.model):
+            raise TypeError(
+                f"{verb}() of the queue {self.name} takes tasks of {self.model.__name__}, not of "
+                f"{model.__name__}."
+            )
 
     def prune(self, older_than: dt.timedelta, state: StateLike = State.finished) -> int:
         """Delete tasks that ended longer ago than that; return how many. Locked ones are left alone.
@@ -388,7 +426,7 @@ def discover() -> None:
 
 def _register(declared: Queue[Any]) -> None:
     known = _declared.get(declared.name)
-    if known is not None and (known.where != declared.where or known.field is not declared.field):
+    if known is not None and not _is_imported_again(known, declared):
         raise ValueError(
             f"There are two queues of the name {declared.name!r}: at {known.where} and at {declared.where}. "
             "Give one of them another with name=..."
@@ -396,6 +434,25 @@ def _register(declared: Queue[Any]) -> None:
     queues = declared_on(declared.field)
     queues[:] = [one for one in queues if one is not known] + [declared]
     _declared[declared.name] = declared
+
+
+def _is_imported_again(known: Queue[Any], declared: Queue[Any]) -> bool:
+    """Say whether a queue is that of the same place, declared anew by its module.
+
+    A module that is imported again makes its functions of new code. Of the same code are those that one
+    function makes, called several times, perhaps for other tasks.
+    """
+    if known.where != declared.where or known.field is not declared.field:
+        return False
+    old, new = (_code_declared_with(one) for one in (known, declared))
+    return new is None or new is not old or known.origin is declared.origin
+
+
+def _code_declared_with(queue: Queue[Any]) -> object:
+    """Return the code of an action that is in the file where its queue is declared; else None."""
+    code = getattr(inspect.unwrap(queue.action), "__code__", None)
+    is_there = code is not None and str(Path(code.co_filename)) == queue.where.rpartition(":")[0]
+    return code if is_there else None
 
 
 def _place_of_call() -> str:

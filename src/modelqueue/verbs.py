@@ -406,18 +406,20 @@ def _make_waiting(rows: models.QuerySet[Any], given: object, field: str, status:
     return count
 
 
+def rows_of(verb: str, instance: models.Model) -> models.QuerySet[Any]:
+    """Return the row of an instance, as a queryset on the database to write it to."""
+    if instance._state.adding or instance.pk is None:
+        raise ValueError(f"{verb}(): {instance!r} is not saved, so there is no row to {verb}. Save it first.")
+    using = router.db_for_write(type(instance), instance=instance)
+    rows: models.QuerySet[Any] = models.QuerySet(type(instance), using=using)
+    return rows.filter(pk=instance.pk)
+
+
 def _rows_to_enqueue(
     given: models.QuerySet[Any] | models.Manager[Any] | models.Model,
 ) -> models.QuerySet[Any]:
     if isinstance(given, models.Model):
-        if given._state.adding or given.pk is None:
-            raise ValueError(
-                f"enqueue(): {given!r} is not saved, so there is no row to enqueue. Save it first."
-            )
-        using = router.db_for_write(type(given), instance=given)
-        rows: models.QuerySet[Any] = models.QuerySet(type(given), using=using)
-        rows = rows.filter(pk=given.pk)
-        return rows
+        return rows_of("enqueue", given)
     if not isinstance(given, (models.QuerySet, models.Manager)):
         raise TypeError(f"enqueue() takes a QuerySet, a Manager or an instance, not {given!r}.")
     return on_write_database(given)
