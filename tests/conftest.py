@@ -87,6 +87,23 @@ def declare():
 
 
 @pytest.fixture
+def table():
+    """Make the table of a model for one test."""
+    made = []
+
+    def make(model):
+        with connection.schema_editor() as editor:
+            editor.create_model(model)
+        made.append(model)
+        return model
+
+    yield make
+    for model in reversed(made):
+        with connection.schema_editor() as editor:
+            editor.delete_model(model)
+
+
+@pytest.fixture
 def step_by_step(settings):
     """Tasks are claimed in the steps of the portable engine, which a test may stand between."""
     settings.MODELQUEUE = {"ENGINE": "portable"}

@@ -25,23 +25,6 @@ def claim(rows, limit=1):
 
 
 @pytest.fixture
-def table():
-    """Make the table of a model for one test."""
-    made = []
-
-    def make(model):
-        with connection.schema_editor() as editor:
-            editor.create_model(model)
-        made.append(model)
-        return model
-
-    yield make
-    for model in made:
-        with connection.schema_editor() as editor:
-            editor.delete_model(model)
-
-
-@pytest.fixture
 def schema():
     with connection.cursor() as cursor:
         cursor.execute("CREATE SCHEMA elsewhere")

@@ -648,6 +648,74 @@ def test_prune_leaves_rows_that_are_open_in_another_queue():
     assert do_errand.prune(0 * SECOND) == 0
 
 
+def test_prune_leaves_a_row_that_comes_to_another_stage_meanwhile(monkeypatch):
+    first, _ = make(Status.finished(5), Status.finished(6))
+    engine = modelqueue.engines.Engine
+    deletable = engine.deletable
+
+    def enqueue_first(self, rows):
+        Errand.objects.filter(pk=first.pk).update(review_status=Status.waiting())
+        return deletable(self, rows)
+
+    monkeypatch.setattr(engine, "deletable", enqueue_first)
+    assert do_errand.prune(HOUR) == 1
+    assert list(Errand.objects.all()) == [first]
+
+
+def test_prune_leaves_rows_that_are_open_in_a_stage_without_a_declared_queue(queue_over):
+    kept = Job.objects.create(status=Status.finished(5), review_status=Status.waiting(5))
+    Job.objects.create(status=Status.finished(5))
+    assert queue_over(Job).prune(HOUR) == 1
+    assert list(Job.objects.all()) == [kept]
+
+
+@isolate_apps("tests.testapp")
+def test_prune_leaves_rows_whose_child_is_open(queue_over, table):
+    class Parent(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    class Child(Parent):
+        print_status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(Parent)
+    table(Child)
+    over = Status.finished(5)
+    kept = Child.objects.create(status=over)
+    Child.objects.create(status=over, print_status=over)
+    Parent.objects.create(status=over)
+    assert queue_over(Parent).prune(HOUR) == 2
+    assert list(Child.objects.all()) == [kept]
+    Child.objects.update(print_status=over)
+    assert queue_over(Parent).prune(HOUR) == 1
+
+
+@isolate_apps("tests.testapp")
+def test_prune_passes_over_what_the_database_refuses_to_delete(queue_over, table, caplog):
+    class Footnote(models.Model):
+        """Django leaves its foreign key to the database, which checks it at the commit or at once."""
+
+        errand = models.ForeignKey(Errand, models.DO_NOTHING, related_name="+")
+
+        class Meta:
+            app_label = "testapp"
+
+    table(Footnote)
+    kept, *_ = make(*(Status.finished(number) for number in range(4)))
+    note = Footnote.objects.create(errand=kept)
+    code, _, err = call("prune", NAME, "--older-than", "1h")
+    assert (code, err) == (1, "Left alone, as the database refuses it: 1 task.\n")
+    assert list(Errand.objects.all()) == [kept]
+    assert f"testapp.Errand {kept.pk} can not be deleted: " in caplog.text
+    note.delete()
+    assert do_errand.prune(HOUR) == 1
+
+
 def test_prune_deletes_children_of_an_inherited_status(queue_over):
     for number in (5, 6):
         NumberedJob.objects.create(number=70 + number, status=Status.finished(number))

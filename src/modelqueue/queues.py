@@ -17,7 +17,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, Union
@@ -310,9 +310,9 @@ class Queue(Generic[M]):
     def prune(self, older_than: dt.timedelta, state: StateLike = State.finished) -> int:
         """Delete tasks that ended longer ago than that; return how many. Locked ones are left alone.
 
-        So is a row that is still open (created, waiting or working) in another declared queue of the model,
-        as a later stage of a pipeline is, and one that a foreign key protects (``PROTECT`` or ``RESTRICT``):
-        how many these are is logged.
+        So is a row that is still open (created, waiting or working) in another status field of the model, as
+        a later stage of a pipeline is, or of a child with a table of its own. So is one that a foreign key
+        protects (``PROTECT`` or ``RESTRICT``), or that the database refuses to delete: how many is logged.
 
         Raises:
             TypeError, ValueError: see `modelqueue.verbs.prune`.
@@ -320,21 +320,30 @@ class Queue(Generic[M]):
         pruned = sum(verbs.prune(self.prunable(), self.field.name, older_than, state), verbs.Pruned())
         if pruned.protected:
             logger.warning(
-                "%s: %s old tasks are not deleted, as foreign keys of %s protect them.",
-                self.name,
-                pruned.protected,
-                ", ".join(sorted(pruned.protectors)),
+                "%s: %s old tasks are not deleted, as %s.", self.name, pruned.protected, pruned.why
             )
         return pruned.deleted
 
     def prunable(self) -> models.QuerySet[M]:
-        """Return the tasks that no other declared queue has still before it, whatever their state here."""
+        """Return the tasks that no other stage has still before it, whatever their state here."""
         rows = self.rows()
-        for field in self.model._meta.concrete_fields:
-            if field is not self.field and declared_on(field):
-                for state in (State.created, State.waiting, State.working):
-                    rows = rows.exclude(**Status.filter(field.name, state))
+        for name in self._other_stages():
+            for state in (State.created, State.waiting, State.working):
+                rows = rows.exclude(**Status.filter(name, state))
         return rows
+
+    def _other_stages(self) -> Iterator[str]:
+        """Yield the other status fields that a row has, declared or not, by their names in a query."""
+        meta = self.model._meta
+        for field in meta.concrete_fields:
+            if field is not self.field and _is_stage(field):
+                yield field.name
+        for link in meta.related_objects:  # what inherits from the model, and goes with its row
+            if link.one_to_one and link.parent_link:
+                child = link.related_model._meta
+                yield from (
+                    f"{link.name}__{one.name}" for one in child.local_concrete_fields if _is_stage(one)
+                )
 
 
 def queue(
@@ -453,6 +462,10 @@ def _code_declared_with(queue: Queue[Any]) -> object:
     code = getattr(inspect.unwrap(queue.action), "__code__", None)
     is_there = code is not None and str(Path(code.co_filename)) == queue.where.rpartition(":")[0]
     return code if is_there else None
+
+
+def _is_stage(field: models.Field[Any, Any]) -> bool:
+    return isinstance(field, StatusField) or bool(declared_on(field))
 
 
 def _place_of_call() -> str:

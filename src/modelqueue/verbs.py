@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from django.db import models, router, transaction
+from django.db import IntegrityError, InternalError, models, router
 from django.db.models import F, Q, Value
 from django.db.models.deletion import ProtectedError, RestrictedError
 
@@ -226,9 +226,15 @@ class Pruned:
 
     deleted: int = 0
     protected: int = 0
-    """How many are kept, as a foreign key that refers to them forbids to delete them."""
+    """How many are kept, as a foreign key that refers to them, or a trigger, forbids to delete them."""
     protectors: frozenset[str] = frozenset()
-    """The labels of the models that these foreign keys are in."""
+    """The labels of the models that these foreign keys are in, where Django knows them."""
+
+    @property
+    def why(self) -> str:
+        if not self.protectors:
+            return "the database refuses it"
+        return f"foreign keys of {', '.join(sorted(self.protectors))} protect them"
 
     def __add__(self, other: Pruned) -> Pruned:
         return Pruned(
@@ -249,7 +255,7 @@ def prune(
 
     As by `QuerySet.delete`: what refers to them goes with them or keeps them, as its ``on_delete`` says.
     Tasks that somebody has locked are passed over, and so are those that a foreign key protects
-    (``PROTECT`` and ``RESTRICT``).
+    (``PROTECT`` and ``RESTRICT``) and those that the database refuses to delete, each with a warning.
 
     Args:
         older_than: how long ago they ended, zero or more.
@@ -269,42 +275,64 @@ def prune(
     columns = ["pk", column.name, *([] if key == "pk" else [key])]
     engine = engine_for(rows.db)
     is_old = _between(column.name, first, last)
-    page: list[Any] = []
 
-    def delete(start: int, behind: Q) -> Pruned:
+    def read(start: int, behind: Q) -> list[Any]:
         old = rows.filter(behind, _between(column.name, start, last)).order_by(column.name, "pk")
-        with engine.transaction():
-            engine.take_write_lock(column)
-            page[:] = old.values_list(*columns)[:batch]
-            keys = {pk: owner[0] if owner else pk for pk, _, *owner in page}
-            # Asked once more under the lock: a task that somebody has enqueued meanwhile is kept.
-            table: models.QuerySet[Any] = models.QuerySet(owner_of(column), using=rows.db)
-            free = engine.deletable(table.filter(is_old, pk__in=list(keys.values())))
-            tasks: models.QuerySet[Any] = models.QuerySet(rows.model, using=rows.db)
-            return _delete(tasks, [pk for pk, one in keys.items() if one in free])
+        return list(old.values_list(*columns)[:batch])
 
-    pruned = engine.patiently(functools.partial(delete, first, Q()))
+    page = engine.patiently(functools.partial(read, first, Q()))
     while page:
+        keys = {pk: owner[0] if owner else pk for pk, _, *owner in page}
+        pruned = _delete(rows.filter(is_old), column, keys)
         if pruned.deleted or pruned.protected:
             yield pruned
         # On from the last one, as those that were passed over are still there, however many they are. (Its
         # status replaces the bound: of two, SQLite would seek to the first.)
         pk, status = page[-1][:2]
         behind = Q(**{f"{column.name}__gt": status}) | Q(pk__gt=pk)
-        pruned = engine.patiently(functools.partial(delete, status, behind))
+        page = engine.patiently(functools.partial(read, status, behind))
 
 
-def _delete(tasks: models.QuerySet[Any], keys: list[Any]) -> Pruned:
-    """Delete the tasks with these keys: all at once or, where some are protected, one by one."""
+def _delete(rows: models.QuerySet[Any], column: models.Field[Any, Any], keys: dict[Any, Any]) -> Pruned:
+    """Delete rows that are free: all at once or, where one can not be deleted, one by one.
+
+    Args:
+        keys: by their primary key that in the table with the status column.
+    """
+    engine = engine_for(rows.db)
     try:
-        with transaction.atomic(tasks.db):
-            tasks.filter(pk__in=keys).delete()
-    except (ProtectedError, RestrictedError) as error:
+        return engine.patiently(functools.partial(_delete_together, rows, column, keys))
+    except (ProtectedError, RestrictedError, IntegrityError, InternalError) as error:
         if len(keys) > 1:
-            return sum((_delete(tasks, [key]) for key in keys), Pruned())
-        objects = error.protected_objects if isinstance(error, ProtectedError) else error.restricted_objects
-        return Pruned(protected=1, protectors=frozenset(one._meta.label for one in objects))
-    return Pruned(len(keys))
+            return sum((_delete(rows, column, {pk: key}) for pk, key in keys.items()), Pruned())
+        if isinstance(error, ProtectedError):
+            return Pruned(
+                protected=1, protectors=frozenset(one._meta.label for one in error.protected_objects)
+            )
+        if isinstance(error, RestrictedError):
+            return Pruned(
+                protected=1, protectors=frozenset(one._meta.label for one in error.restricted_objects)
+            )
+        # A foreign key that Django leaves to the database, or a trigger.
+        logger.warning("%s %s can not be deleted: %s", rows.model._meta.label, next(iter(keys)), error)
+        return Pruned(protected=1)
+
+
+def _delete_together(
+    rows: models.QuerySet[Any], column: models.Field[Any, Any], keys: dict[Any, Any]
+) -> Pruned:
+    engine = engine_for(rows.db)
+    with engine.transaction():
+        engine.take_write_lock(column)
+        table: models.QuerySet[Any] = models.QuerySet(owner_of(column), using=rows.db)
+        free = engine.deletable(table.filter(pk__in=list(keys.values())))
+        ours = [pk for pk, key in keys.items() if key in free]
+        # Asked once more under the lock: a task that somebody has enqueued meanwhile, here or in another
+        # stage, is kept.
+        still = [pk for (pk,) in rows.filter(pk__in=ours).order_by().values_list("pk")]
+        tasks: models.QuerySet[Any] = models.QuerySet(rows.model, using=rows.db)
+        tasks.filter(pk__in=still).delete()
+    return Pruned(len(still))
 
 
 def ended_before(

@@ -121,6 +121,6 @@ def tell(command: BaseCommand, result: dict[str, Any], options: dict[str, Any]) 
         command.stderr.write(f"Left alone, as somebody has locked them: {counted(result['locked'], 'task')}.")
     if result["protected"]:
         command.stderr.write(
-            f"Left alone, as foreign keys of {', '.join(result['protected_by'])} protect them: "
+            f"Left alone, as {verbs.Pruned(protectors=frozenset(result['protected_by'])).why}: "
             f"{counted(result['protected'], 'task')}."
         )
