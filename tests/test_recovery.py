@@ -490,6 +490,19 @@ def test_row_that_a_constraint_keeps_from_working_is_passed_over(caplog):
     assert {status.state for status in statuses(ExclusiveTask)} == {State.finished}
 
 
+@pytest.mark.db_feature("supports_partial_indexes")
+def test_many_rows_that_can_not_be_claimed_are_one_warning(caplog):
+    for group in range(70):
+        ExclusiveTask.objects.create(group=group, status=Status.working())
+        ExclusiveTask.objects.create(group=group, status=Status.waiting(group))
+    free = ExclusiveTask.objects.create(group=99, status=Status.waiting(99))
+    with caplog.at_level("DEBUG", "modelqueue"):
+        assert run(ExclusiveTask.objects, "status", lambda task: None) == free
+    told = [one for one in caplog.records if "can not be claimed" in one.getMessage()]
+    assert [one.levelname for one in told] == ["WARNING", *["DEBUG"] * 69]
+    assert told[0].getMessage().endswith("(and so it is with 69 more)")
+
+
 @pytest.mark.django_db(transaction=True, databases=["default", "other"])
 @pytest.mark.parametrize("using", ["default", "other"])
 @pytest.mark.db_feature("supports_partial_indexes")

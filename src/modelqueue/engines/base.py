@@ -97,6 +97,7 @@ class Engine(Session):
 
     def _claim_step_by_step(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         claims: list[Claim[M]] = []
+        refused: dict[Any, Error] = {}
         try:
             for page in self._pages(source, partial(source.due, clock())):
                 # First as many as are wanted, since the head of the queue is what should run; where that
@@ -104,7 +105,7 @@ class Engine(Session):
                 size = limit
                 while page and len(claims) < limit:
                     chunk, page, size = page[:size], page[size:], size * 2
-                    claims += self._claim_among(source, chunk, clock, limit - len(claims))
+                    claims += self._claim_among(source, chunk, clock, limit - len(claims), refused)
                 if len(claims) >= limit:
                     break
         except Exception:
@@ -112,10 +113,16 @@ class Engine(Session):
                 raise
             # What is claimed already is committed, and nobody else would run it.
             logger.warning("%s: fewer are claimed.", source.model._meta.label, exc_info=True)
+        self._tell_of_refused(source, refused)
         return claims
 
     def _claim_among(
-        self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
+        self,
+        source: Source[M],
+        candidates: list[Candidate],
+        clock: Clock,
+        limit: int,
+        refused: dict[Any, Error],
     ) -> list[Claim[M]]:
         try:
             return self.patiently(partial(self._claim_together, source, candidates, clock, limit))
@@ -123,7 +130,7 @@ class Engine(Session):
             if self.is_of_the_database_itself(error):
                 raise
             # A row, or the queryset: find out which.
-            return self.patiently(partial(self._claim_one_by_one, source, candidates, clock, limit))
+            return self.patiently(partial(self._claim_one_by_one, source, candidates, clock, limit, refused))
 
     def _claim_together(
         self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
@@ -138,7 +145,12 @@ class Engine(Session):
             return claims
 
     def _claim_one_by_one(
-        self, source: Source[M], candidates: list[Candidate], clock: Clock, limit: int
+        self,
+        source: Source[M],
+        candidates: list[Candidate],
+        clock: Clock,
+        limit: int,
+        refused: dict[Any, Error],
     ) -> list[Claim[M]]:
         claims: list[Claim[M]] = []
         with self.transaction():
@@ -152,13 +164,20 @@ class Engine(Session):
                     # Where the savepoint is gone, too, the claims before it are rolled back with it.
                     if self.is_of_the_database_itself(error) or self.is_aborted():
                         raise
-                    logger.warning("%s %s can not be claimed: %s", source.model._meta.label, row.pk, error)
+                    refused[row.pk] = error
                     continue
                 if claim is not None:
                     claims.append(claim)
                 if len(claims) >= limit:
                     break
         return claims
+
+    def _tell_of_refused(self, source: Source[Any], refused: dict[Any, Error]) -> None:
+        """Log the rows that a claim could not take: the first aloud, as there may be thousands."""
+        for place, (pk, error) in enumerate(refused.items()):
+            more = f" (and so it is with {len(refused) - 1} more)" if not place and len(refused) > 1 else ""
+            level = logging.DEBUG if place else logging.WARNING
+            logger.log(level, "%s %s can not be claimed: %s%s", source.model._meta.label, pk, error, more)
 
     def _claim_row(
         self, source: Source[M], row: Candidate, loaded: M | Exception | None, clock: Clock
