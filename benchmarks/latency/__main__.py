@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--db", default="postgres", choices=["postgres", "postgres15", "sqlite"])
     parser.add_argument("--tasks", type=int, default=60, help="while the worker is warm")
     parser.add_argument("--idle", type=float, default=20.0, help="seconds of each idle time")
-    parser.add_argument("--rounds", type=int, default=10, help="tasks after idle times")
+    parser.add_argument("--rounds", type=int, default=10, help="tasks after idle times, 2 or more")
     options = parser.parse_args()
     with servers.start(options.db, durable=True) as server, tempfile.TemporaryDirectory() as folder:
         name = str(Path(folder) / "tasks.sqlite3") if options.db == "sqlite" else "postgres"

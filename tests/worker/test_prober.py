@@ -14,7 +14,7 @@ from modelqueue.engines import engine_for
 from modelqueue.worker import database_clock, prober
 from modelqueue.worker.database_clock import DatabaseClock
 from modelqueue.worker.prober import Prober
-from tests.actions import SECOND, succeed
+from tests.actions import MILLISECOND, SECOND, succeed
 from tests.faults.harm import end_session
 from tests.testapp.models import Errand, Task
 from tests.testapp.queues import do_errand, review
@@ -60,6 +60,14 @@ def test_nothing_is_found_where_nothing_is_due(look, found):
     Errand.objects.create(status=Status.working())
     look(do_errand, review)._look()
     assert found == [([], [])]
+
+
+def test_what_becomes_due_while_the_question_is_put_is_found(look, found):
+    moment = modelqueue.now()
+    Errand.objects.create(status=Status.waiting(moment + 5 * MILLISECOND))
+    with clock.use(lambda: moment):
+        look(do_errand, review)._look()
+    assert found == [(["testapp.do_errand"], [])]
 
 
 def test_queue_without_rows_is_looked_at(look, found, declare):

@@ -6,6 +6,7 @@ queues and processes it has, and one when it was idle for long.
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import random
 import threading
@@ -30,6 +31,8 @@ logger = logging.getLogger("modelqueue")
 _SHORTEST, _LATELY = 0.1, 5.0
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
+#: How long it may take to put a question: what becomes due meanwhile is to be found, too.
+_TO_ASK = dt.timedelta(milliseconds=10)
 #: Seconds that a look may take longer than usual, however short a lease is.
 _LONGEST_HICCUP = 2.0
 #: Seconds for which a queue is left out whose tasks can not be looked for.
@@ -208,7 +211,7 @@ class Prober:
         questions: list[tuple[str, bool, Any]] = []
         for queue in queues:
             source, cutoff = queue.source(), queue.recovery().cutoff(moment)
-            questions.append((queue.name, False, source.due(moment)))
+            questions.append((queue.name, False, source.due(moment + _TO_ASK)))
             if cutoff is not None:
                 questions.append((queue.name, True, source.expired(cutoff)))
         answers = engine_for(using).probe([rows for _, _, rows in questions])
