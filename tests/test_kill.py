@@ -18,7 +18,7 @@ KILLS = 6
 
 def note_and_linger(task):
     Ledger.objects.create(task=task.pk, worker=str(os.getpid()))
-    time.sleep(0.01)
+    time.sleep(0.03)  # most of the time of an attempt, so that a kill is likely to hit an action
 
 
 def run_until_done():
