@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import IntegrityError, OperationalError, connections, models
+from django.db import IntegrityError, OperationalError, connection, connections, models
 from django.test.utils import isolate_apps
 
 import modelqueue
@@ -693,6 +693,66 @@ def test_prune_leaves_rows_whose_child_is_open(queue_over, table):
     assert list(Child.objects.all()) == [kept]
     Child.objects.update(print_status=over)
     assert queue_over(Parent).prune(HOUR) == 1
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+@isolate_apps("tests.testapp")
+def test_prune_leaves_rows_whose_child_somebody_has_locked(queue_over, table, bystander):
+    """It is about to come to a stage of its own, perhaps."""
+
+    class Parent(models.Model):
+        status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    class Child(Parent):
+        print_status = modelqueue.StatusField()
+
+        class Meta:
+            app_label = "testapp"
+
+    table(Parent)
+    table(Child)
+    over = Status.finished(5)
+    kept, _ = (Child.objects.create(status=over, print_status=over) for _ in range(2))
+    with bystander.cursor() as cursor:
+        cursor.execute(f"UPDATE testapp_child SET print_status = 5 WHERE parent_ptr_id = {kept.pk}")
+    assert queue_over(Parent).prune(HOUR) == 1
+    assert list(Child.objects.all()) == [kept]
+    bystander.rollback()
+    assert queue_over(Parent).prune(HOUR) == 1
+
+
+KEEP = {
+    "sqlite": """
+        CREATE TRIGGER keep BEFORE DELETE ON testapp_errand WHEN OLD.title = 'kept'
+        BEGIN SELECT RAISE(ABORT, 'kept'); END
+        """,
+    "postgresql": """
+        CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'kept'; END $$;
+        CREATE TRIGGER keep BEFORE DELETE ON testapp_errand FOR EACH ROW WHEN (OLD.title = 'kept')
+            EXECUTE FUNCTION keep()
+        """,
+    "mysql": """
+        CREATE TRIGGER keep BEFORE DELETE ON testapp_errand FOR EACH ROW
+        IF OLD.title = 'kept' THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'kept'; END IF
+        """,
+}
+
+
+def test_prune_passes_over_what_a_trigger_keeps(vendor, caplog):
+    """By whatever error its database has for that."""
+    kept = Errand.objects.create(title="kept", status=Status.finished(5))
+    make(Status.finished(6))
+    with connection.cursor() as cursor:
+        cursor.execute(KEEP[vendor])
+        try:
+            assert do_errand.prune(HOUR) == 1
+        finally:
+            cursor.execute("DROP FUNCTION keep() CASCADE" if vendor == "postgresql" else "DROP TRIGGER keep")
+    assert list(Errand.objects.all()) == [kept]
+    assert f"testapp.Errand {kept.pk} can not be deleted: " in caplog.text
 
 
 @isolate_apps("tests.testapp")

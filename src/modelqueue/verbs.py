@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from django.db import IntegrityError, InternalError, models, router
+from django.db import models, router
 from django.db.models import F, Q, Value
 from django.db.models.deletion import ProtectedError, RestrictedError
+from django.db.utils import Error
 
 from modelqueue import outcomes, signals
 from modelqueue.clock import now
@@ -302,7 +303,9 @@ def _delete(rows: models.QuerySet[Any], column: models.Field[Any, Any], keys: di
     engine = engine_for(rows.db)
     try:
         return engine.patiently(functools.partial(_delete_together, rows, column, keys))
-    except (ProtectedError, RestrictedError, IntegrityError, InternalError) as error:
+    except Error as error:
+        if engine.is_of_the_database_itself(error):
+            raise
         if len(keys) > 1:
             return sum((_delete(rows, column, {pk: key}) for pk, key in keys.items()), Pruned())
         if isinstance(error, ProtectedError):
@@ -326,13 +329,26 @@ def _delete_together(
         engine.take_write_lock(column)
         table: models.QuerySet[Any] = models.QuerySet(owner_of(column), using=rows.db)
         free = engine.deletable(table.filter(pk__in=list(keys.values())))
-        ours = [pk for pk, key in keys.items() if key in free]
+        ours = {pk for pk, key in keys.items() if key in free}
+        ours -= _locked_in_children(rows.model, rows.db, ours)
         # Asked once more under the lock: a task that somebody has enqueued meanwhile, here or in another
         # stage, is kept.
-        still = [pk for (pk,) in rows.filter(pk__in=ours).order_by().values_list("pk")]
+        still = {pk for (pk,) in rows.filter(pk__in=list(ours)).order_by().values_list("pk")}
         tasks: models.QuerySet[Any] = models.QuerySet(rows.model, using=rows.db)
-        tasks.filter(pk__in=still).delete()
+        tasks.filter(pk__in=list(still)).delete()
     return Pruned(len(still))
+
+
+def _locked_in_children(model: type[models.Model], using: str, keys: set[Any]) -> set[Any]:
+    """Lock the rows that go with these, as they may be stages, too; return the keys of those in use."""
+    taken = set[Any]()
+    for link in model._meta.related_objects:
+        if link.one_to_one and link.parent_link:  # of a model that inherits
+            children: models.QuerySet[Any] = models.QuerySet(link.related_model, using=using)
+            children = children.filter(**{f"{link.field.name}__in": list(keys)}).order_by()
+            free = engine_for(using).deletable(children)
+            taken |= {key for pk, key in children.values_list("pk", link.field.attname) if pk not in free}
+    return taken
 
 
 def ended_before(
