@@ -17,6 +17,7 @@ import pytest
 from django.utils import autoreload
 
 from modelqueue.management import reload
+from modelqueue.worker.supervisor import FAULT
 from tests.processes import ROOT, wait_until
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -411,6 +412,12 @@ def test_child_that_fails_says_so(serve, monkeypatch, caplog):
     monkeypatch.setattr(Supervisor, "run", fail)
     assert serve()[0] == 4
     assert "out of pipes" in caplog.text
+
+
+@posix
+def test_child_that_ends_by_a_fault_of_the_worker_does_not_look_like_broken_code(serve, monkeypatch):
+    monkeypatch.setattr(Supervisor, "run", lambda self, handle_signals: FAULT)
+    assert serve()[0] == 4
 
 
 @posix

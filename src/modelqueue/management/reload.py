@@ -21,7 +21,7 @@ from pathlib import Path
 
 from django.utils import autoreload
 
-from modelqueue.worker.supervisor import Supervisor
+from modelqueue.worker.supervisor import FAULT, Supervisor
 from modelqueue.worker.system import on_stop_signals
 
 __all__ = ["is_child", "run_children", "serve_until_code_changes"]
@@ -137,7 +137,9 @@ def serve_until_code_changes(supervisor: Supervisor) -> int:
     except Exception:
         logger.critical("The worker has failed.", exc_info=True)
         return HAS_FAILED
-    return CODE_HAS_CHANGED if has_changed.is_set() else code
+    if has_changed.is_set():
+        return CODE_HAS_CHANGED
+    return HAS_FAILED if code == FAULT else code
 
 
 def _pipe_of_the_parent() -> int:
