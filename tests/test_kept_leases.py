@@ -237,6 +237,25 @@ def test_connection_that_is_reserved_is_there_before_the_first_lease_and_after_t
     assert not keeper._is_connected
 
 
+def test_reserved_connection_that_was_closed_meanwhile_is_replaced(monkeypatch):
+    """By a restart of the server, for example, while nothing was held."""
+    monkeypatch.setattr(leases, "_LONGEST_REST", 0.05)
+    keeper, asked = Keeper("default"), []
+    engine = type(engine_for("default"))
+    monkeypatch.setattr(engine, "is_connected", lambda self: asked.append(1) or len(asked) != 2)
+    closed = []
+    close = Keeper._close_connections
+    monkeypatch.setattr(Keeper, "_close_connections", lambda self: closed.append(len(asked)) or close(self))
+    keeper.reserve()
+    wait_until(lambda: len(asked) > 3)
+    assert closed == [2]
+    assert keeper._is_connected
+    with keeper._changed:
+        keeper._is_reserved = False
+        keeper._changed.notify()
+    wait_until(lambda: keeper._thread is None)
+
+
 def test_database_that_gives_no_connection_to_reserve_is_asked_again(monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "modelqueue")
     keeper = Keeper("nowhere")

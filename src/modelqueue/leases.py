@@ -20,6 +20,7 @@ from django.db.utils import Error
 
 from modelqueue import verbs
 from modelqueue.attempts import Attempt
+from modelqueue.engines import engine_for
 from modelqueue.source import Source
 
 __all__ = ["Keeper", "Lease", "keeper_for"]
@@ -34,6 +35,8 @@ _SOON = 0.5
 _PATIENCE = 5.0
 #: Seconds for which the thread waits for a next lease, as to start one takes longer than a short task.
 _LINGER = 5.0
+#: Seconds between two looks at a connection that is kept while nothing is held.
+_LONGEST_REST = 60.0
 
 
 class _Group:
@@ -151,6 +154,8 @@ class Keeper:
         self._is_connected = False
         #: Does it keep it also while it holds none?
         self._is_reserved = False
+        #: When to look whether it is there still.
+        self._check_at = 0.0
 
     def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
@@ -186,7 +191,7 @@ class Keeper:
 
     def rest(self) -> None:
         """Nothing is held in a group: let go of the connection, if nothing is in any other."""
-        if self._is_connected:  # else there is nothing to wake up for
+        if self._is_connected and not self._is_reserved:  # else there is nothing to wake up for
             with self._changed:
                 self._changed.notify()
 
@@ -224,6 +229,12 @@ class Keeper:
                 self._changed.notify_all()
 
     def _connect(self) -> None:
+        """Have a connection; of one that was idle for long nobody knows whether it is there still."""
+        is_old = self._is_connected and time.monotonic() > self._check_at
+        if is_old and not engine_for(self._using).is_connected():
+            self._close_connections()
+        if is_old or not self._is_connected:
+            self._check_at = time.monotonic() + _LONGEST_REST
         try:
             connections[self._using].ensure_connection()
         except Exception as error:
@@ -238,7 +249,7 @@ class Keeper:
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
-        if self._is_reserved and not self._is_connected:
+        if self._is_reserved:
             self._connect()
         with self._changed:
             if (pause := self._pause()) is None and not self._is_reserved:
@@ -248,7 +259,9 @@ class Keeper:
             if pause is None and not self._is_reserved:
                 self._thread = None
                 return False
-            self._sleep(_LINGER if pause is None else pause)
+            if pause is None:
+                pause = _LONGEST_REST if self._is_connected else _LINGER
+            self._sleep(pause)
             return True
 
     def _sleep(self, seconds: float) -> None:
