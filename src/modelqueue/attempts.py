@@ -103,6 +103,8 @@ class Attempt(Generic[M]):
         self.waits = True
         #: What was decided when it was settled for the first time, and the instance as it was then.
         self.decided: Outcome | None = None
+        #: What an atomic action has ended with, once it is rolled back.
+        self.failure: BaseException | None = None
         self.as_left: dict[str, Any] | None = None
         #: The declared queue that the task was claimed from.
         self.queue: Any = None
@@ -188,6 +190,11 @@ class Attempt(Generic[M]):
         if self.decided is None:
             self.decided = self.decide(error)
         return self.record(self.decided.not_before(self.lease))
+
+    def resume_renewal(self) -> None:
+        """Keep the lease alive again, as the outcome could not be written yet."""
+        if self.renewal is not None:
+            self.renewal.resume()
 
     def forget_earlier_tries(self) -> None:
         """Take away what a save() that was rolled back has left on the instance."""
@@ -670,8 +677,7 @@ class AtomicAttempt(Attempt[M]):
                     place = self.engine.mark()
                     return stack.pop_all(), place
         except Error:  # it is tried again
-            if self.renewal is not None:
-                self.renewal.resume()
+            self.resume_renewal()
             raise
         return None
 
@@ -731,6 +737,7 @@ class AtomicAttempt(Attempt[M]):
         self.restore_own_connection()
         if success is None or not self.is_committed:
             self.undo()
+            self.failure = error
             self.decided = self.decide(error)
             failed, is_written = self.write_or_fail(self.decided)
             if is_written or success is None or self.read() != success.stored:

@@ -326,7 +326,7 @@ def test_who_follows_the_clock_goes_on_steadily_when_somebody_sets_that_of_the_m
     engine = Ahead(0, 0)
     monkeypatch.setattr(database_clock, "engine_for", lambda using: engine)
     one = DatabaseClock("default")
-    one.follow()
+    assert one.follow() == 0.0
     before = modelqueue.now()
     monkeypatch.setattr(
         clock, "dt", SimpleNamespace(datetime=Hourly, timezone=dt.timezone, timedelta=dt.timedelta)
@@ -359,6 +359,12 @@ def test_clock_is_asked_again_soon_after_an_answer_that_took_long(monkeypatch, c
         left.append(len(engine.seconds))
     assert left == [3, 3, 2, 1, 1]
     assert caplog.text.count("takes too long to answer to tell the time") == 1
+
+
+def test_first_look_at_the_clock_of_the_database_is_no_jump(monkeypatch):
+    clock.shift(None)
+    monkeypatch.setattr(database_clock, "engine_for", lambda using: Ahead(600))
+    assert DatabaseClock("default").follow() == 0.0
 
 
 def test_clock_that_can_not_be_read_ends_nothing(monkeypatch):

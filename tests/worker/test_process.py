@@ -18,6 +18,7 @@ from modelqueue.engines import Engine, engine_for
 from modelqueue.worker import completer, loop, threads
 from modelqueue.worker import process as process_module
 from modelqueue.worker import supervisor as supervisor_module
+from modelqueue.worker.database_clock import DatabaseClock
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
 from modelqueue.worker.suspects import Suspects
@@ -134,13 +135,24 @@ def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
 def test_abandoned_tasks_are_recovered_when_the_supervisor_says_so(start):
     process = start("testapp.do_errand")
     errand = make(status=Status.working(5))
-
-    def is_recovered():
-        process.pipe.send(("recover", ["testapp.do_errand"]))
-        return stored(errand).state == State.waiting
-
-    wait_until(is_recovered)
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.waiting)  # by itself, as it looks twice
     assert stored(errand).attempts == 1
+
+
+@pytest.mark.parametrize(("jump", "looks_for_some"), [(0.3, True), (600.0, False)])
+def test_process_whose_time_has_jumped_recovers_nothing(jump, looks_for_some, start, monkeypatch):
+    """By the clock of the others, who see it later, nothing has run out, perhaps."""
+    monkeypatch.setattr(DatabaseClock, "follow", lambda self: jump)
+    looks = []
+    recover = verbs.recover
+    monkeypatch.setattr(verbs, "recover", lambda *given, **more: looks.append(1) or recover(*given, **more))
+    process = start("testapp.do_errand")
+    process.pipe.send(("recover", ["testapp.do_errand"]))
+    errand = make()
+    process.pipe.send(("due", ["testapp.do_errand"]))
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert bool(looks) == looks_for_some
 
 
 def test_expired_row_is_left_alone_until_it_was_seen_twice(start, monkeypatch):
@@ -969,7 +981,31 @@ def test_atomic_attempt_that_could_not_begin_as_the_database_was_away_is_not_cha
     wait_until(lambda: process.ended() == {"release": 1, "finish": 1})
 
 
-@pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
+def test_attempt_of_an_atomic_action_is_not_charged_either_when_its_queue_can_not_choose_a_priority(
+    start, declare, monkeypatch
+):
+    """Its own error is decided on once more, not that of the database."""
+    monkeypatch.setattr(AtomicAttempt, "placed", failing(2, AtomicAttempt.placed))
+    tries = []
+
+    def once(task):
+        tries.append(1)
+        if len(tries) == 1:
+            raise Retry
+
+    declare(Task, "status", name="tasks", retry=0, atomic=True)(once)
+    task = Task.objects.create()
+    process = start("tasks")
+
+    def is_finished():
+        process.pipe.send(("due", ["tasks"]))
+        return stored(task).state == State.finished
+
+    wait_until(is_finished)
+    assert (len(tries), stored(task).attempts) == (2, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault")])
 def test_atomic_action_of_which_nothing_can_be_decided_is_left_to_its_recovery(
     error, start, declare, monkeypatch, caplog
 ):

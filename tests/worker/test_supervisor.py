@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from django.db import OperationalError, connections, transaction
 
-from modelqueue import Status, verbs
+from modelqueue import Status, now, verbs
 from modelqueue.engines import Candidate
 from modelqueue.worker import supervisor as module
 from modelqueue.worker.options import Options
@@ -630,6 +630,21 @@ def is_told_to_stop(child):
 def wait_for_looks(game, count):
     until = game.supervisor._looks + count
     wait_until(lambda: game.supervisor._looks >= until)
+
+
+def test_drain_does_not_end_while_the_recovery_of_something_is_held_back(play):
+    errand = Errand.objects.create(status=Status.working(now()))
+    game, child = drain_with_one_ready(play)
+    game.supervisor._prober._hold_back([do_errand], 600.0)
+    Errand.objects.update(status=Status.working(5))
+    wait_until(lambda: game.supervisor._prober.holds_back == ["testapp.do_errand"])
+    wait_for_looks(game, 8)
+    child.listen()
+    assert not is_told_to_stop(child)
+    errand.delete()
+    wait_until(lambda: child.listen() or is_told_to_stop(child))
+    child.die(0)
+    wait_until(lambda: game.codes == [0])
 
 
 def test_drain_waits_for_a_process_that_runs_its_last_tasks(play):

@@ -1,5 +1,7 @@
 """Expired tasks are taken back only if they are seen twice, a moment apart."""
 
+import math
+
 import pytest
 
 from modelqueue import Status
@@ -21,9 +23,22 @@ def test_row_is_confirmed_when_it_was_seen_a_moment_ago(at):
     one, seen = Suspects(), []
     for seconds in (0.0, 1.0, 2.0, 2.1):
         at(seconds)
-        one.forget_old()
+        one.begin()
         seen.append(one.confirm(ROW))
     assert seen == [False, False, True, True]
+
+
+def test_who_has_seen_something_for_the_first_time_is_to_look_again(at):
+    one = Suspects()
+    at(0.0)
+    one.begin()
+    assert one.look_at == math.inf
+    one.confirm(ROW)
+    assert one.look_at == 1001.5
+    at(2.0)
+    one.begin()
+    one.confirm(ROW)
+    assert one.look_at == math.inf
 
 
 def test_row_that_was_renewed_meanwhile_is_another(at):
@@ -40,7 +55,7 @@ def test_row_that_was_seen_long_ago_is_not_confirmed(at):
     at(0.0)
     one.confirm(ROW)
     at(20.0)
-    one.forget_old()
+    one.begin()
     assert not one.confirm(ROW)
 
 
@@ -48,6 +63,7 @@ def test_nothing_is_confirmed_after_a_failure(at):
     one = Suspects()
     at(0.0)
     one.confirm(ROW)
-    one.forget_all()
+    one.forget()
+    assert one.look_at == math.inf
     at(2.0)
     assert not one.confirm(ROW)

@@ -21,7 +21,7 @@ from modelqueue.engines import Claim
 from modelqueue.exceptions import Interrupted
 from modelqueue.leases import keeper_for
 from modelqueue.worker.completer import Completer
-from modelqueue.worker.database_clock import DatabaseClock
+from modelqueue.worker.database_clock import INTERVAL, DatabaseClock, harmless
 from modelqueue.worker.loop import Loop
 from modelqueue.worker.running import Register, Running
 from modelqueue.worker.slots import Lane, Slots, Turn
@@ -48,6 +48,8 @@ class Claimer:
         self._thread = threading.Thread(target=self._work, name="modelqueue-claimer", daemon=True)
         self._troubles = _Troubles()
         self._clock: DatabaseClock | None = None
+        #: Until when nothing is recovered, as the time has jumped.
+        self._recover_from = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -82,8 +84,15 @@ class Claimer:
         if self._clock is None and turn is not None:
             with suppress(Exception):  # of what gives the queryset, which the claim will tell
                 self._clock = DatabaseClock(turn.lane.queue.using)
-        if self._clock is not None:
-            self._clock.follow()
+        if self._clock is not None and (jump := abs(self._clock.follow())):
+            self._hold_back(jump)
+
+    def _hold_back(self, jump: float) -> None:
+        """Recover nothing after the time has jumped, until other processes have seen it, and renewed."""
+        queues = [lane.queue for lane in self._slots.lanes if jump > harmless(lane.queue)]
+        if queues:
+            wait = max(queue.lease for queue in queues).total_seconds() + INTERVAL
+            self._recover_from = time.monotonic() + wait
 
     def _claim(self, turn: Turn) -> None:
         lane = turn.lane
@@ -122,14 +131,17 @@ class Claimer:
 
     def _recover(self, turn: Turn) -> None:
         lane = turn.lane
-        lane.suspects.forget_old()
+        if time.monotonic() < self._recover_from:
+            return
+        lane.suspects.begin()
         try:
             verbs.recover(lane.queue.source(), lane.queue.recovery(), is_certain=lane.suspects.confirm)
         except Exception as error:
-            lane.suspects.forget_all()
+            lane.suspects.forget()
             self._slots.failed(turn, self._troubles.begun(lane, "recovered", error))
         else:
             self._troubles.ended(lane, "recovered")
+            self._slots.look_twice(lane)
 
 
 class _Troubles:

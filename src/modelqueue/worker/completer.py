@@ -115,6 +115,7 @@ class Completer:
         using = running.attempt.source.using
         first = self._waits_for.get(using, ended)
         if first is not ended:  # to ask for it with each outcome would take a timeout each
+            ended.refused_since = None
             ended.try_at = first.try_at
             self._late.append(ended)
             return
@@ -146,9 +147,7 @@ class Completer:
     def _put_off(self, ended: _Ended, why: Exception, longest: float) -> None:
         level = logging.DEBUG if ended.pause else logging.WARNING
         logger.log(level, "%s: its outcome can not be written yet: %s", ended.running, why)
-        renewal = ended.running.attempt.renewal
-        if renewal is not None:
-            renewal.resume()
+        ended.running.attempt.resume_renewal()
         ended.put_off(longest)
         self._late.append(ended)
 

@@ -20,8 +20,9 @@ from django.db.utils import Error, InterfaceError, OperationalError
 
 from modelqueue import clock
 from modelqueue.engines import engine_for
+from modelqueue.fields import declared_on
 from modelqueue.queues import Queue
-from modelqueue.worker.database_clock import INTERVAL, DatabaseClock
+from modelqueue.worker.database_clock import INTERVAL, DatabaseClock, harmless
 
 __all__ = ["Found", "Outage", "Prober"]
 
@@ -33,8 +34,6 @@ _SHORTEST, _LATELY = 0.1, 5.0
 _GROWTH = 1.2
 #: How long it may take to put a question: what becomes due meanwhile is to be found, too.
 _TO_ASK = dt.timedelta(milliseconds=10)
-#: Seconds that a look may take longer than usual, however short a lease is.
-_LONGEST_HICCUP = 2.0
 #: Seconds for which a queue is left out whose tasks can not be looked for.
 _LEFT_OUT = 5.0
 
@@ -53,6 +52,8 @@ class Prober:
         self._left_out: dict[str, float] = {}
         #: Until when no lease of a queue is to count as expired, as somebody stood still, or was cut off.
         self._held_back: dict[str, float] = {}
+        #: Of which something has expired that is held back.
+        self.holds_back: list[str] = []
         self._expired: list[str] = []
         self._last_look: tuple[float, float] | None = None
         self._active_until = time.monotonic() + _LATELY
@@ -111,8 +112,9 @@ class Prober:
             due += found[0]
             expired += found[1]
         stood_still = self._stood_still(waited)
-        self._hold_back(queue for queue in self._queues if stood_still > _harmless(queue))
-        expired = [name for name in expired if time.monotonic() >= self._held_back.get(name, 0.0)]
+        self._hold_back(queue for queue in self._queues if stood_still > harmless(queue))
+        self.holds_back = [name for name in expired if time.monotonic() < self._held_back.get(name, 0.0)]
+        expired = [name for name in expired if name not in self.holds_back]
         if due or not set(expired) <= set(
             self._expired
         ):  # what expires is looked at once more, see `Suspects`
@@ -126,12 +128,13 @@ class Prober:
         if using == self._clock.using:
             jump = abs(self._clock.follow())
             # Others may not have seen yet that the clock of the database was set, or that it is another one.
-            self._hold_back((queue for queue in self._queues if jump > _harmless(queue)), INTERVAL)
+            self._hold_back((queue for queue in self._queues if jump > harmless(queue)), INTERVAL)
 
     def _hold_back(self, queues: Iterable[Queue[Any]], more: float = 0.0) -> None:
         """Recover nothing of these queues until everybody has had time to renew, and so many seconds more."""
         for queue in queues:
-            until = time.monotonic() + queue.lease.total_seconds() + more
+            lease = max(one.lease for one in [queue, *declared_on(queue.field)])  # the one that counts
+            until = time.monotonic() + lease.total_seconds() + more
             self._held_back[queue.name] = max(until, self._held_back.get(queue.name, 0.0))
 
     def _stood_still(self, waited: float) -> float:
@@ -240,8 +243,3 @@ class Outage:
         if was_away:
             logger.warning("The database %r answers again.", self._using)
         return was_away
-
-
-def _harmless(queue: Queue[Any]) -> float:
-    """Return for how many seconds its workers may stand still before a lease can run out."""
-    return max(queue.lease.total_seconds() / 3, _LONGEST_HICCUP)

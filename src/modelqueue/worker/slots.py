@@ -36,8 +36,8 @@ class Lane:
         self.running = 0
         #: Is there perhaps something due?
         self.is_wanted = True
-        #: Is there perhaps something to recover?
-        self.has_expired = False
+        #: From when on to look for something to recover, by the monotonic clock.
+        self.recover_at = math.inf
         self.suspects = Suspects()
         #: When it may have its next turn, by the monotonic clock, as the last one has failed.
         self.not_before = 0.0
@@ -73,6 +73,11 @@ class Slots:
         self._changed = threading.Condition()
         self._is_stopped = False
 
+    @property
+    def lanes(self) -> list[Lane]:
+        with self._changed:
+            return list(self._lanes)
+
     def want(self, names: Iterable[str]) -> None:
         """Note that these queues may have due tasks."""
         with self._changed:
@@ -84,8 +89,13 @@ class Slots:
         """Note that these queues may have abandoned tasks."""
         with self._changed:
             for lane in self._known(names):
-                lane.has_expired = True
+                lane.recover_at = 0.0
             self._changed.notify()
+
+    def look_twice(self, lane: Lane) -> None:
+        """After a recovery: have another, if it has seen something for the first time."""
+        with self._changed:
+            lane.recover_at = min(lane.recover_at, lane.suspects.look_at)
 
     def _known(self, names: Iterable[str]) -> list[Lane]:
         # A queue may be gone from the code since the supervisor has read it.
@@ -113,7 +123,8 @@ class Slots:
                 if now >= deadline:
                     return None
                 moments = [lane.not_before for lane in self._lanes if lane.not_before > now]
-                moment = min([deadline, *moments])
+                looks = [max(lane.recover_at, lane.not_before) for lane in self._lanes]
+                moment = min([deadline, *moments, *looks])
                 self._changed.wait(None if moment == math.inf else moment - now)
         return None
 
@@ -129,8 +140,8 @@ class Slots:
 
     def _choose_recovery(self, ready: list[Lane]) -> Turn | None:
         for lane in ready:
-            if lane.has_expired:
-                lane.has_expired = False
+            if lane.recover_at <= time.monotonic():
+                lane.recover_at = math.inf
                 return Turn(lane, 0)
         return None
 

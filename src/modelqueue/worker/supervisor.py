@@ -497,7 +497,7 @@ class Supervisor:
         due, told = self._due or [], self._told
         self._told = due
         if self._expired:
-            ready[0].send("recover", self._expired)  # the same one each time, as it looks twice
+            chosen.send("recover", self._expired)
         again = [name for name in due if name in told]
         chosen.send("due", due)
         for child in ready:
@@ -523,7 +523,8 @@ class Supervisor:
         if not self._options.drain or self._stopped_at is not None or self._due is None:
             return
         is_at_work = not all(child.is_idle for child in self._children)
-        if self._due or self._expired or is_at_work or time.monotonic() < self._drained_from:
+        something = self._due or self._expired or self._prober.holds_back
+        if something or is_at_work or time.monotonic() < self._drained_from:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = self._looks

@@ -7,6 +7,7 @@ to be faster than who would take it away.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -24,17 +25,24 @@ class Suspects:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, Status], float] = {}
+        #: When to look again, by the monotonic clock; infinity: nothing was seen for the first time.
+        self.look_at = math.inf
 
     def confirm(self, row: Candidate) -> bool:
         """Note that a row is expired and free; return whether it was so a moment ago, too."""
         now = time.monotonic()
-        return now - self._seen.setdefault((row.key, row.status), now) >= _SHORTEST
+        since = now - self._seen.setdefault((row.key, row.status), now)
+        if since < _SHORTEST:
+            self.look_at = now + _SHORTEST
+        return since >= _SHORTEST
 
-    def forget_old(self) -> None:
+    def begin(self) -> None:
         """Before each look: what was seen long ago says nothing of now."""
+        self.look_at = math.inf
         oldest = time.monotonic() - _LONGEST
         self._seen = {row: seen for row, seen in self._seen.items() if seen >= oldest}
 
-    def forget_all(self) -> None:
+    def forget(self) -> None:
         """After a look that has failed: the database was away, perhaps."""
         self._seen.clear()
+        self.look_at = math.inf

@@ -88,9 +88,10 @@ class Threads:
             else:
                 self._completer.put(running, attempt.act(guard, attempt.task))
         except BaseException as error:  # with atomic=True
-            if isinstance(error, Error) and attempt.decided is not None:
+            if isinstance(error, Error) and (attempt.decided is not None or attempt.failure is not None):
                 attempt.waits = False
-                self._completer.put(running, error)
+                attempt.resume_renewal()
+                self._completer.put(running, attempt.failure)
             else:
                 logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
                 self._finish(running, "lost")
