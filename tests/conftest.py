@@ -13,7 +13,7 @@ from django.db import connection, connections
 from django.db.models.signals import post_migrate
 
 import modelqueue
-from modelqueue import Status, execution, queues
+from modelqueue import Status, clock, execution, queues
 from modelqueue.fields import declared_on
 from tests.processes import Processes
 
@@ -72,6 +72,12 @@ def _skip_by_marker(request):
 def _recovery_is_due():
     """Let the first `run` of each test recover, as that of a new process does."""
     execution._last_recovery.clear()
+
+
+@pytest.fixture(autouse=True)
+def _clock_of_the_machine():
+    """Forget the clock of a database that a worker in an earlier test has followed."""
+    clock.shift(None)
 
 
 @pytest.fixture

@@ -22,12 +22,6 @@ from tests.testapp.queues import do_errand, review
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.fixture(autouse=True)
-def _own_clock():
-    yield
-    clock.shift(None)
-
-
 @pytest.fixture
 def found():
     return []
@@ -362,7 +356,6 @@ def test_clock_is_asked_again_soon_after_an_answer_that_took_long(monkeypatch, c
 
 
 def test_first_look_at_the_clock_of_the_database_is_no_jump(monkeypatch):
-    clock.shift(None)
     monkeypatch.setattr(database_clock, "engine_for", lambda using: Ahead(600))
     assert DatabaseClock("default").follow() == 0.0
 
