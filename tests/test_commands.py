@@ -344,6 +344,7 @@ def broken(declare):
     return "a.broken"
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])  # for the checks of Django
 def test_queue_that_gives_no_queryset_stops_no_command_for_the_others(broken, supervise):
     made = supervise()
     make(Status.waiting())
