@@ -115,9 +115,8 @@ class Prober:
         self._hold_back(queue for queue in self._queues if stood_still > harmless(queue))
         self.holds_back = [name for name in expired if time.monotonic() < self._held_back.get(name, 0.0)]
         expired = [name for name in expired if name not in self.holds_back]
-        if due or not set(expired) <= set(
-            self._expired
-        ):  # what expires is looked at once more, see `Suspects`
+        has_more_expired = not set(expired) <= set(self._expired)  # which is looked at twice, see `Suspects`
+        if due or has_more_expired:
             self.look_again()
         self._expired = expired
         self._found(due if is_known or due else None, expired)
