@@ -725,6 +725,21 @@ def test_prune_leaves_rows_whose_child_somebody_has_locked(queue_over, table, by
     assert queue_over(Parent).prune(HOUR) == 1
 
 
+def test_prune_that_the_database_does_not_answer_says_so(monkeypatch):
+    def away(self, rows):
+        raise OperationalError("away")
+
+    make(Status.finished(5))
+    monkeypatch.setattr(modelqueue.engines.Engine, "deletable", away)
+    monkeypatch.setattr(
+        modelqueue.engines.Engine, "patiently", lambda self, function, reconnect=False: function()
+    )
+    monkeypatch.setattr(modelqueue.engines.Engine, "is_of_the_database_itself", lambda self, error: True)
+    with pytest.raises(OperationalError, match="away"):
+        do_errand.prune(HOUR)
+    assert do_errand.tally()["finished"] == 1
+
+
 KEEP = {
     "sqlite": """
         CREATE TRIGGER keep BEFORE DELETE ON testapp_errand WHEN OLD.title = 'kept'
