@@ -363,7 +363,9 @@ def test_row_that_the_driver_can_not_read_is_claimed_and_so_are_its_neighbours(
 
 @pytest.mark.vendor("postgresql")
 @isolate_apps("tests.testapp")
-def test_row_that_the_driver_can_not_read_fails_alone(table, declare):
+def test_row_that_the_driver_can_not_read_fails_alone(table, declare, settings):
+    settings.MODELQUEUE = {"ENGINE": "auto"}  # the portable one reads what stands there before it sets that
+
     class DatedTask(models.Model):
         due = models.DateTimeField(null=True)
         began = models.DateTimeField(null=True)
