@@ -74,6 +74,56 @@ def test_queue_whose_tasks_can_not_be_asked_for_any_more_is_w010(declare):
     assert "None" in text
 
 
+FULL = models.Index(fields=["status"], name="full")
+LIVE = modelqueue.QueueIndex("status", name="live")
+SOME = models.Index(fields=["status"], name="some", condition=models.Q(other=1))
+
+
+def index_warnings(declare, field, *indexes, **conditions):
+    """The ids and texts of the warnings of a queue over a model with this field and these indexes."""
+    with isolate_apps("tests.testapp"):
+        meta = type("Meta", (), {"app_label": "testapp", "indexes": list(indexes)})
+        attributes = {"__module__": __name__, "status": field, "other": models.IntegerField(), "Meta": meta}
+        model = type("Crate", (models.Model,), attributes)
+    declare(model.objects.filter(**conditions), "status", name="crates")(succeed)
+    return queue_warnings()
+
+
+@pytest.mark.parametrize(
+    ("field", "indexes"),
+    [
+        (StatusField(), []),
+        (StatusField(db_index=False), [LIVE]),
+        (StatusField(db_index=False), [SOME, LIVE]),
+        (StatusField(db_index=False), [FULL, LIVE]),
+        (StatusField(), [modelqueue.QueueIndex("other", name="other")]),
+        (StatusField(db_index=False), []),  # W001 warns of it
+    ],
+)
+def test_queue_whose_field_is_in_one_index_gets_no_warning(field, indexes, declare):
+    assert index_warnings(declare, field.clone(), *indexes) == {}
+
+
+def test_queue_without_the_condition_of_the_only_index_is_w011(declare):
+    [(identity, text)] = index_warnings(declare, StatusField(db_index=False), SOME).items()
+    assert identity == "modelqueue.W011"
+    assert text.startswith("testapp.Crate.status is only in indexes with a condition, which ")
+    assert " the queue 'crates' (" in text
+
+
+def test_index_with_a_condition_may_be_that_of_the_queue(declare):
+    assert index_warnings(declare, StatusField(db_index=False), SOME, other=1) == {}
+
+
+def test_field_with_two_indexes_is_w012(declare):
+    [(identity, text)] = index_warnings(declare, StatusField(), LIVE).items()
+    assert identity == "modelqueue.W012"
+    assert text.startswith("testapp.Crate.status has an index of its own and a QueueIndex")
+    declare(modelqueue.declared_queues()[-1].model, "status", name="again")(succeed)
+    found = [message.id for message in modelqueue.checks.check_queues()]
+    assert found.count("modelqueue.W012") == 1
+
+
 # Fields
 
 
@@ -86,10 +136,11 @@ def test_queue_whose_tasks_can_not_be_asked_for_any_more_is_w010(declare):
         (StatusField(default=Status.waiting(0)), {}),
         (StatusField(db_index=False), {"indexes": [models.Index(fields=["status"], name="one")]}),
         (StatusField(db_index=False), {"indexes": [models.Index(fields=["-status", "other"], name="two")]}),
+        (StatusField(db_index=False), {"indexes": [modelqueue.QueueIndex("status", name="three")]}),
         (StatusField(db_index=False), {"unique_together": [("status", "other")]}),
         (
             StatusField(db_index=False),
-            {"constraints": [models.UniqueConstraint(fields=["status", "other"], name="three")]},
+            {"constraints": [models.UniqueConstraint(fields=["status", "other"], name="four")]},
         ),
     ],
 )
@@ -113,6 +164,7 @@ def test_field_that_no_index_begins_with_is_w001(options):
     [(identity, text)] = warnings(StatusField(db_index=False), **options).items()
     assert identity == "modelqueue.W001"
     assert text.startswith("testapp.Task.status has no index")
+    assert "modelqueue.QueueIndex('status', name=...)" in text
     assert "with 'status' as its first field" in text
 
 

@@ -1,6 +1,7 @@
 """What a task costs the database: few statements, and each finds its rows by an index in any history."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from django.db import connection
@@ -9,16 +10,19 @@ from django.test.utils import CaptureQueriesContext
 
 import modelqueue
 from modelqueue import ONE_HOUR, Abort, Status, run, verbs
+from modelqueue.engines import Change, engine_for
+from modelqueue.engines.examinations import examination_for
 from modelqueue.outcomes import Policy
 from modelqueue.report import figures_of
 from modelqueue.source import Source
 from tests.actions import LONG_AGO, MILLISECOND, raising, stored, succeed, unexpected
-from tests.testapp.models import Errand, Job, PrintJob, Task
-from tests.testapp.queues import do_errand
+from tests.testapp.models import Archive, Job, PrintJob, Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-HISTORY = 8_192
+HISTORY = 100_000
+#: The fields of the model with that history: each kind of index is there.
+FIELDS = ["whole", "whole_nullable", "live", "live_nullable"]
 #: As many wait, and as many are to be recovered; more than fit on the first two pages of candidates.
 OPEN = 300
 
@@ -125,34 +129,38 @@ def test_claim_on_a_table_that_was_filled_since_its_statistics_takes_as_many_as_
 # Which index
 
 
-@pytest.fixture(params=[(Task, "status"), (Job, "review_status")], ids=["default", "nullable"])
-def queue(request):
+@pytest.fixture(scope="module")
+def archive(django_db_setup, django_db_blocker):
+    """A table of which each test finds the history, as no test of another module does; its last key."""
+    digits = [chr(ord("a") + place) for place in range(len(str(HISTORY)) - 1)]
+    number = " + ".join(f"{10**place} * {name}.digit" for place, name in enumerate(digits))
+    values = ", ".join([f"{int(Status.finished(LONG_AGO))} + 10 * ({number})"] * len(FIELDS))
+    with django_db_blocker.unblock():
+        with pytest.MonkeyPatch.context() as patch, connection.schema_editor() as editor:
+            patch.setattr(Archive._meta, "managed", True)  # or it gets no index
+            editor.create_model(Archive)
+        with connection.cursor() as cursor:  # to make as many instances takes a hundred times as long
+            cursor.execute(
+                f"INSERT INTO testapp_archive ({', '.join(FIELDS)}) "
+                f"WITH digits (digit) AS (SELECT {' UNION ALL SELECT '.join('0123456789')}) "
+                f"SELECT {values} FROM {', '.join(f'digits AS {name}' for name in digits)}"
+            )
+        last = Archive.objects.latest("pk").pk
+    yield last
+    with django_db_blocker.unblock(), connection.schema_editor() as editor:
+        editor.delete_model(Archive)
+
+
+@pytest.fixture(params=FIELDS)
+def queue(request, archive, transactional_db):
     """A model and its field; many rows are finished, and nothing is due."""
-    model, field = request.param
-    fill(model, field, [Status.finished(LONG_AGO)])
-    while (count := model.objects.count()) < HISTORY:
-        double(model, field, count * MILLISECOND)
-    analyze(model)
-    yield model, field
-    with connection.cursor() as cursor:
-        cursor.execute(f"DELETE FROM {connection.ops.quote_name(model._meta.db_table)}")
-    analyze(model)  # or later tests are planned for what is gone
-
-
-def double(model, field, later):
-    """Copy each row, with a later status. (To make as many instances takes a hundred times as long.)"""
-    columns = [one.column for one in model._meta.local_concrete_fields if not one.primary_key]
-    names = ", ".join(map(connection.ops.quote_name, columns))
-    milliseconds = 10 * (later // MILLISECOND)  # without a carry, as there is one minute at most
-    name = connection.ops.quote_name(field)
-    values = names.replace(name, f"{name} + {milliseconds}")
-    with connection.cursor() as cursor:
-        table = connection.ops.quote_name(model._meta.db_table)
-        cursor.execute(f"INSERT INTO {table} ({names}) SELECT {values} FROM {table}")
+    yield Archive, request.param
+    Archive.objects.filter(pk__gt=archive).delete()
 
 
 def fill(model, field, statuses):
-    model.objects.bulk_create([model(**{"status": 0, field: status}) for status in statuses], 1000)
+    others = dict.fromkeys(FIELDS if model is Archive else (), 0)
+    model.objects.bulk_create([model(**{**others, field: status}) for status in statuses], 1000)
     analyze(model)
 
 
@@ -184,7 +192,7 @@ def explain(statement):
 
 
 #: How each database says that it reads a table as a whole, or an index from end to end.
-READS_ALL = {"sqlite": r"\bSCAN ", "postgresql": r"Seq Scan", "mysql": r"\btype=(ALL|index)\b"}
+READS_ALL = {"sqlite": r"\bSCAN (?!CONSTANT)", "postgresql": r"Seq Scan", "mysql": r"\btype=(ALL|index)\b"}
 
 
 def assert_reads_range(statement, model, field):
@@ -196,16 +204,31 @@ def assert_reads_range(statement, model, field):
         return
     if connection.vendor == "postgresql":
         assert re.search(rf"Index (Only )?Scan (using|on) {index} ", plan), plan
-        assert re.search(rf"Index Cond: .*{field} >= .*{field} <= ", plan), plan
+        # What is true of all that is in the index is not looked for.
+        first = "" if is_partial(field) else rf".*{field} >= "
+        assert re.search(rf"Index Cond: {first}.*{field} <= ", plan), plan
     else:
         assert " type=range " in plan, plan
         assert f" key={index} " in plan, plan
-    # What the database expects to read: the open tasks, not the history.
-    assert max(map(int, re.findall(r"\brows=(\d+)", plan))) <= 3 * OPEN, plan
+    # What the database expects to read: the open tasks, also those that were deleted lately, not the history.
+    assert max(map(int, re.findall(r"\brows=(\d+)", plan))) <= HISTORY / 10, plan
+
+
+def is_partial(field):
+    return field.startswith("live") and connection.features.supports_partial_indexes
 
 
 def pages(statements):
     return [statement for statement in statements if " LIMIT " in statement]
+
+
+@pytest.mark.parametrize("part", ["below", "at_least"])
+def test_tasks_by_their_attempts_are_found_in_the_index(part, queue):
+    model, field = queue
+    fill(model, field, [Status.waiting(LONG_AGO, number % 4) for number in range(OPEN)])
+    rows = replace(Source.of(model.objects, field), **{part: 3}).due(modelqueue.now())
+    for statement in sent(lambda: list(rows.values_list("pk", field)[:10])):
+        assert_reads_range(statement, model, field)
 
 
 def test_idle_poll_is_two_reads_of_the_index(queue, engine, vendor):
@@ -216,6 +239,17 @@ def test_idle_poll_is_two_reads_of_the_index(queue, engine, vendor):
         look = "WITH" if (engine, vendor) == ("auto", "postgresql") else "SELECT"
         assert sorted(verb(statement) for statement in statements) == sorted(["SELECT", look])
         for statement in statements:
+            assert_reads_range(statement, model, field)
+
+
+def test_look_of_a_worker_for_the_first_task_is_a_read_of_the_index(queue):
+    model, field = queue
+    later = [LONG_AGO + number * MILLISECOND for number in range(OPEN // 2)]
+    fill(model, field, [*map(Status.waiting, later), *map(Status.working, later)])
+    source, now = Source.of(model.objects, field), modelqueue.now()
+    for question in (source.any_due(now), source.any_expired(now)):
+        for asked in (question, question.between(question.first + 10**16, question.last)):
+            [statement] = sent(lambda asked=asked: engine_for("default").probe([asked]))
             assert_reads_range(statement, model, field)
 
 
@@ -248,14 +282,17 @@ def test_each_page_of_expired_tasks_is_read_from_the_index(queue):
         assert_reads_range(statement, model, field)
 
 
-@pytest.mark.parametrize("queue", [(Errand, "status")], ids=["declared"], indirect=True)
-def test_each_figure_of_the_status_is_a_range_of_the_index(queue, vendor):
+def test_each_figure_is_a_range_of_the_index(queue, vendor, declare):
     """Also where a state has few rows in a large table, which a reader of the whole table would look for."""
     model, field = queue
     now = modelqueue.now()
     fill(model, field, [Status.waiting(LONG_AGO), Status.waiting(now + ONE_HOUR), Status.working(LONG_AGO)])
-    statements = sent(lambda: figures_of(do_errand))
+    declared = declare(model, field)(succeed)
+    statements = sent(lambda: figures_of(declared))
     assert len(statements) == 11
+    if is_partial(field):  # in which are the tasks that wait or are worked on
+        statements = [statement for statement in statements if f"< {4 * 10**18}" in statement]
+        assert len(statements) == 6
     for statement in statements:
         plan = explain(statement)
         # Of MariaDB's plan the rows that are counted are a table, too.
@@ -278,3 +315,60 @@ def test_no_statement_of_a_task_reads_the_whole_table(queue, engine, vendor):
     for statement in looking:
         plan = explain(statement)
         assert not re.search(READS_ALL[vendor], plan), f"{statement}\n{plan}"
+
+
+def test_no_statement_of_a_worker_reads_the_whole_table(queue, engine, vendor):
+    model, field = queue
+    fill(model, field, [Status.waiting(LONG_AGO)] * 20 + [Status.working(LONG_AGO)])
+    source, database = Source.of(model.objects, field), engine_for("default")
+
+    def work():
+        claims = verbs.claim(source, 10)
+        leases = {claim.row.key: {claim.lease} for claim in claims}
+        assert len(verbs.renew(source, leases).renewed) == 10
+        changes = [Change(key, frozenset(lease), Status.finished()) for key, lease in leases.items()]
+        assert len(database.set_statuses(source, changes[:9])) == 9
+        assert verbs.release(source, claims[9].row, leases[claims[9].row.key])
+        now = modelqueue.now()
+        assert None not in database.probe([source.any_due(now), source.any_expired(now)])
+        assert examination_for("default").newest_lease(source) is not None
+
+    statements = sent(work)
+    looking = [
+        one for one in statements if re.search(r"^(?!PREPARE).* WHERE (?!1 = 0)|^EXECUTE", one, re.DOTALL)
+    ]
+    assert len(looking) > 5
+    for statement in looking:
+        plan = explain(statement)
+        assert not re.search(READS_ALL[vendor], plan), f"{statement}\n{plan}"
+
+
+@pytest.mark.vendor("postgresql")
+def test_plan_that_is_made_before_the_time_is_known_uses_the_index(queue, settings):
+    settings.MODELQUEUE = {"ENGINE": "auto"}
+    model, field = queue
+    fill(model, field, [Status.waiting(modelqueue.now() + ONE_HOUR) for _ in range(OPEN)])
+    source = Source.of(model.objects, field)
+    with connection.cursor() as cursor:
+        cursor.execute("SET plan_cache_mode = force_generic_plan")
+    try:
+        *_, prepared = sent(lambda: [verbs.claim(source, 7) for _ in range(10)])
+        assert verb(prepared) == "EXECUTE"
+        assert_reads_range(prepared, model, field)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("RESET plan_cache_mode")
+
+
+@pytest.mark.vendor("sqlite")
+def test_claim_reads_only_between_the_first_and_the_last_number_that_it_asks_for(queue):
+    """SQLite takes the first of several bounds of a column; the plan does not say which."""
+    model, field = queue
+    later = modelqueue.now() + ONE_HOUR
+    fill(model, field, [Status.waiting(LONG_AGO)] * OPEN + [Status.waiting(later)] * OPEN)
+    rows = Source.of(model.objects, field).due(modelqueue.now(), first=Status.waiting(LONG_AGO) + 1)
+    steps = []
+    connection.connection.set_progress_handler(lambda: steps.append(None), 10)
+    assert list(rows.values_list("pk")[:1]) == []
+    connection.connection.set_progress_handler(None, 0)
+    assert len(steps) < 30

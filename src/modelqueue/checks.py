@@ -16,8 +16,10 @@ from django.core.checks import CheckMessage, Tags, register
 from django.db import connections, router
 
 from modelqueue import conf
-from modelqueue.fields import StatusField
+from modelqueue.fields import StatusField, is_indexed
+from modelqueue.indexes import QueueIndex
 from modelqueue.queues import Queue, declared_queues
+from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS
 
 __all__ = ["TAG", "check_databases", "check_queues", "check_settings"]
@@ -37,6 +39,7 @@ def check_queues(**kwargs: Any) -> list[CheckMessage]:
     """Check the declared queues, for what can be seen only when all of them are known, and all apps ready."""
     messages: list[CheckMessage] = []
     everything: dict[tuple[Any, ...], Queue[Any]] = {}
+    fields = dict[Any, Queue[Any]]()
     for queue in declared_queues():
         messages += _check_pause(queue)
         try:
@@ -44,6 +47,9 @@ def check_queues(**kwargs: Any) -> list[CheckMessage]:
         except Exception as error:
             messages.append(_broken_source(queue, error))
             continue
+        messages += _check_index(queue, source)
+        if fields.setdefault(source.field, queue) is queue:
+            messages += _check_two_indexes(source)
         if not source.queryset.query.where:
             key = source.field, source.model._meta.concrete_model, source.using
             other = everything.setdefault(key, queue)
@@ -73,6 +79,35 @@ def _broken_source(queue: Queue[Any], error: Exception) -> CheckMessage:
         hint="What it is declared over has to give a queryset of its model each time.",
         id="modelqueue.W010",
     )
+
+
+def _check_index(queue: Queue[Any], source: Source[Any]) -> list[CheckMessage]:
+    field, has_conditions = source.field, bool(source.queryset.query.where)
+    if is_indexed(field, with_condition=has_conditions) or not is_indexed(field):
+        return []  # or of which W001 warns
+    return [
+        checks.Warning(
+            f"{field} is only in indexes with a condition, which the queryset of the queue {queue.name!r} "
+            f"({queue.where}) does not have, so every claim may read the whole table.",
+            hint="Remove db_index=False from the field, or add "
+            f"modelqueue.QueueIndex({field.name!r}, name=...) to Meta.indexes.",
+            id="modelqueue.W011",
+        )
+    ]
+
+
+def _check_two_indexes(source: Source[Any]) -> list[CheckMessage]:
+    field: Any = source.field
+    of_live = [one for one in source.owner._meta.indexes if isinstance(one, QueueIndex)]
+    if not field.db_index or [field.name] not in [index.fields for index in of_live]:
+        return []
+    return [
+        checks.Warning(
+            f"{field} has an index of its own and a QueueIndex, and each change of a state writes to both.",
+            hint="Give the field db_index=False, or remove the QueueIndex from Meta.indexes.",
+            id="modelqueue.W012",
+        )
+    ]
 
 
 def _same_tasks(queue: Queue[Any], other: Queue[Any]) -> CheckMessage:
