@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from dataclasses import replace
 
 import pytest
 from django.db import DatabaseError, connection, models, transaction
@@ -9,7 +10,7 @@ from django.db.models import Exists, F, OuterRef
 from django.test.utils import isolate_apps
 
 import modelqueue
-from modelqueue import State, Status, run, verbs
+from modelqueue import State, Status, run, source, verbs
 from modelqueue.engines.postgresql import PostgreSQLEngine, _in_order
 from modelqueue.engines.statements import columns_of
 from modelqueue.source import Source
@@ -418,3 +419,62 @@ def test_key_that_python_can_not_read_is_kept_as_the_database_has_it(table):
 
     table(KeyedTask)
     assert columns_of(Source.of(KeyedTask.objects, "status")).key("x") == "x"
+
+
+# Those on their last attempt
+
+
+@pytest.fixture
+def by_attempts():
+    """Tasks by the attempts that they have had, and a function that claims from a source of them."""
+    tasks = {count: Task.objects.create(status=Status.waiting(count, count)) for count in (0, 3, 1, 9)}
+    return tasks, lambda limit=10, **parts: [
+        one.row.pk for one in verbs.claim(replace(Source.of(Task.objects, "status"), **parts), limit)
+    ]
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_tasks_with_so_many_attempts_are_left_out(engine, by_attempts, settings):
+    settings.MODELQUEUE = {"ENGINE": engine}
+    tasks, take = by_attempts
+    assert take(limit=1, below=3) == [tasks[0].pk]
+    assert take(below=1) == []  # another statement
+    assert take(below=3) == [tasks[1].pk]
+    assert take(below=3) == []
+    assert take(below=9) == [tasks[3].pk]
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+def test_tasks_with_so_many_attempts_alone_are_taken(engine, by_attempts, settings):
+    """Or with more, as `retry` may have been lowered since."""
+    settings.MODELQUEUE = {"ENGINE": engine}
+    tasks, take = by_attempts
+    assert take(at_least=4) == [tasks[9].pk]
+    assert take(limit=1, at_least=1) == [tasks[1].pk]
+    assert take(at_least=1) == [tasks[3].pk]
+    assert take(at_least=1) == []
+
+
+@pytest.mark.parametrize("engine", ["auto", "portable"])
+@pytest.mark.parametrize(("head", "found"), [(1, []), (2, [3]), (50, [3, 9])])
+def test_tasks_on_their_last_attempt_are_looked_for_near_the_head_alone(
+    head, found, engine, by_attempts, declare, settings, monkeypatch
+):
+    """Else each look would read a backlog of a million to its end."""
+    monkeypatch.setattr(source, "_HEAD", head)
+    settings.MODELQUEUE = {"ENGINE": engine}
+    tasks, _ = by_attempts
+    queue = declare(Task, "status", name="tasks", retry=3)(succeed)
+    assert [one.row.pk for one in verbs.claim(queue.alone(), 10)] == [tasks[count].pk for count in found]
+
+
+@pytest.mark.parametrize(("attempts", "is_found"), [(2, False), (3, True)])
+def test_tasks_of_one_number_are_looked_for_if_they_are_on_their_last_attempt(
+    attempts, is_found, declare, monkeypatch
+):
+    """All were enqueued at once, and their head ends in the midst of them."""
+    monkeypatch.setattr(source, "_HEAD", 3)
+    Task.objects.bulk_create([Task(status=Status.waiting(7, attempts)) for _ in range(9)])
+    Task.objects.create(status=Status.waiting(7, 9))
+    queue = declare(Task, "status", name="tasks", retry=3)(succeed)
+    assert bool(verbs.claim(queue.alone(), 1)) == is_found

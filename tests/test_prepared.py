@@ -1,11 +1,15 @@
 """Prepared statements of PostgreSQL: which, how long, and in a session that does not have them any more."""
 
+from decimal import Decimal
+
 import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
+from django.db.models import DecimalField, F, Value
+from django.db.models.lookups import GreaterThan
 from django.test.utils import CaptureQueriesContext
 
-from modelqueue import State, Status, run
-from modelqueue.engines import prepared
+from modelqueue import State, Status, now, run, verbs
+from modelqueue.engines import engine_for, prepared
 from tests.actions import stored, succeed
 from tests.testapp.models import Job, Task
 
@@ -38,6 +42,36 @@ USED_OFTEN = [["WITH", "UPDATE"]] * 5 + [["PREPARE", "EXECUTE", "PREPARE", "EXEC
 
 def test_statement_that_a_session_uses_often_is_prepared():
     assert run_and_see(8) == [*USED_OFTEN, ["EXECUTE", "EXECUTE"], ["EXECUTE", "EXECUTE"]]
+
+
+def test_statements_of_a_queue_are_prepared_with_the_values_of_its_queryset(declare):
+    """As parameters these would be of other types: a tenth of an integer would be none."""
+    tenth = F("pk") * Value(Decimal("0.1"), output_field=DecimalField())
+    rows = Task.objects.filter(GreaterThan(tenth, 0), data="50% of 'x' %s", pk__gt=0)
+    source = declare(rows, "status", name="tasks")(succeed).source()
+    tasks = [Task.objects.create(data="50% of 'x' %s") for _ in range(8)]
+    Task.objects.create(data="50% of 'x' %s", status=Status.created())
+    Task.objects.create(data="other")
+    engine, seen = engine_for("default"), []
+    for task in tasks:
+        with CaptureQueriesContext(connection) as queries:
+            asked = [source.any_due(now()), source.any_expired(now())]
+            assert engine.probe(asked, is_usual=True) == [task.status, None]
+            (claim,) = verbs.claim(source, 1)
+            assert claim.task == task
+            Task.objects.filter(pk=task.pk).update(status=Status.finished())
+        seen.append([query["sql"].split()[0] for query in queries.captured_queries])
+    assert seen[0] == ["SELECT", "WITH", "UPDATE"]
+    assert seen[-1] == ["EXECUTE", "EXECUTE", "UPDATE"]
+
+
+def test_session_that_knows_very_many_statements_sends_the_others_as_they_are(monkeypatch):
+    """Some may have ever new texts, which would fill its memory, and that of the server."""
+    monkeypatch.setattr(prepared, "_MOST", 1)
+    assert (
+        run_and_see(8)
+        == [["WITH", "UPDATE"]] * 5 + [["PREPARE", "EXECUTE", "UPDATE"]] + [["EXECUTE", "UPDATE"]] * 2
+    )
 
 
 def test_new_session_begins_anew():

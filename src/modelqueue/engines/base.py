@@ -37,11 +37,19 @@ from django.db.utils import Error
 from modelqueue import conf
 from modelqueue.claim_values import Values, show
 from modelqueue.clock import Clock
-from modelqueue.engines.claims import Candidate, Claim, Overtaken, Renewal, Verdict, lease_at
+from modelqueue.engines.claims import Candidate, Change, Claim, Note, Overtaken, Renewal, Verdict, lease_at
 from modelqueue.engines.sessions import RowLocked, Session
-from modelqueue.engines.statements import is_one_of, params_of, placeholders, update_of_row
+from modelqueue.engines.statements import (
+    first_status,
+    has_composite_key,
+    is_one_of,
+    is_same_each_time,
+    params_of,
+    placeholders,
+    update_of_row,
+)
 from modelqueue.fields import set_loaded
-from modelqueue.source import Source
+from modelqueue.source import Question, Source
 from modelqueue.status import Status, priority_to_datetime
 
 __all__ = ["MOST_KEYS", "Engine", "WayToClaim"]
@@ -58,11 +66,23 @@ MOST_KEYS = 400
 _WITNESSES = 10
 
 
+Execute = Callable[[CursorWrapper, str, Sequence[Any]], object]
+
+
+def _execute_as_it_is(cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
+    cursor.execute(sql, params)
+
+
 WayToClaim = Callable[["Source[M]", Clock, int], "list[Claim[M]]"]
 
 
 class Engine(Session):
     """What can be done with the rows of a source on one database, see the module."""
+
+    @property
+    def passes_over_locked_rows(self) -> bool:
+        """Does this database know SKIP LOCKED? Else who meets a lock waits for its end."""
+        return bool(self.connection.features.has_select_for_update_skip_locked)
 
     # Claim
 
@@ -108,11 +128,12 @@ class Engine(Session):
                     claims += self._claim_among(source, chunk, clock, limit - len(claims), refused)
                 if len(claims) >= limit:
                     break
-        except Exception:
+        except Exception as error:
             if not claims:
                 raise
-            # What is claimed already is committed, and nobody else would run it.
-            logger.warning("%s: fewer are claimed.", source.model._meta.label, exc_info=True)
+            # What is claimed already is committed, and nobody else would run it. An outage says all itself.
+            exc_info = not self.is_of_the_database_itself(error)
+            logger.warning("%s: fewer are claimed: %s", source.model._meta.label, error, exc_info=exc_info)
         self._tell_of_refused(source, refused)
         return claims
 
@@ -201,7 +222,13 @@ class Engine(Session):
 
     # Renewal
 
-    def renew(self, source: Source[Any], leases: dict[Any, set[Status]], clock: Clock) -> Renewal:
+    def renew(
+        self,
+        source: Source[Any],
+        leases: dict[Any, set[Status]],
+        clock: Clock,
+        note: Note = lambda key, stored, renewed: None,
+    ) -> Renewal:
         """Stamp the leases of tasks with the time of now, all in one statement.
 
         Rows that somebody has locked are passed over, so that they cost the others nothing. No lease gets
@@ -211,16 +238,19 @@ class Engine(Session):
             leases: by the primary key in the owner's table what stands in a row as long as its task is
                 ours: one status, or several after an answer of the database that was lost. After the
                 call it is what stands there then; if the call raises, with what may.
+            note: called for each before it is written, with its key, what stands there and what is to.
         """
         found = Renewal(set(), set(), set())
         keys = iter(list(leases))
         while part := list(islice(keys, MOST_KEYS)):
-            renew = partial(self._renew_together, source, {key: leases[key] for key in part}, clock)
+            renew = partial(self._renew_together, source, {key: leases[key] for key in part}, clock, note)
             for known, new in zip(found, self.patiently(renew, reconnect=True), strict=True):
                 known |= new
         return found
 
-    def _renew_together(self, source: Source[Any], leases: dict[Any, set[Status]], clock: Clock) -> Renewal:
+    def _renew_together(
+        self, source: Source[Any], leases: dict[Any, set[Status]], clock: Clock, note: Note
+    ) -> Renewal:
         name, rows = source.field.name, source.owner_rows().filter(pk__in=list(leases))
         with self.transaction():
             stored = dict(self._locked(source, rows).values_list("pk", name))
@@ -229,6 +259,7 @@ class Engine(Session):
             renewed = {key: max(status, Status(stamp + status.attempts)) for key, status in held.items()}
             for key, status in renewed.items():
                 leases[key].add(status)  # before it is written: whether it was may remain unknown
+                note(key, held[key], status)
             ours = source.owner_rows().filter(pk__in=list(held), **{f"{name}__in": set(held.values())})
             self._stamp(ours, name, stamp)
             others = rows.exclude(pk__in=list(held)) if len(held) < len(leases) else rows.none()
@@ -351,6 +382,45 @@ class Engine(Session):
             self._execute(cursor, *update_of_row(source, row, old, values))
             return bool(cursor.rowcount == 1)
 
+    def set_statuses(self, source: Source[Any], changes: Sequence[Change]) -> set[Any]:
+        """Write statuses, each where an old one of its stands, all in one transaction; return whose were.
+
+        Rows that somebody has locked are passed over, so that they cost the others nothing. What is not
+        written here is left as it is: to ask why takes a look at each row.
+        """
+        if has_composite_key(source.owner) or _puts_sql_around_values(source.field):
+            return set()
+        written, left = set[Any](), iter(changes)
+        while part := list(islice(left, MOST_KEYS)):
+            written |= self.patiently(partial(self._set_statuses_together, source, part), reconnect=True)
+        return written
+
+    def _set_statuses_together(self, source: Source[Any], changes: Sequence[Change]) -> set[Any]:
+        rows = source.owner_rows().filter(pk__in=[change.key for change in changes])
+        with self.transaction():
+            stored = dict(self._locked(source, rows).values_list("pk", source.field.name))
+            ours = [change for change in changes if stored.get(change.key) in change.old]
+            if ours:
+                self._set_each_status(source, ours)
+        return {change.key for change in ours}
+
+    def _set_each_status(self, source: Source[Any], changes: Sequence[Change]) -> None:
+        quote, meta = self.connection.ops.quote_name, source.owner._meta
+        table, key, status = map(quote, (meta.db_table, str(meta.pk.column), str(source.field.column)))
+        keys = params_of([(meta.pk, change.key) for change in changes], self.connection)
+        cases = " ".join(["WHEN %s THEN %s"] * len(changes))
+        sql = (
+            f"UPDATE {table} SET {status} = CASE {key} {cases} END "  # noqa: S608
+            f"WHERE {key} IN ({placeholders(keys)})"
+        )
+        pairs = [
+            value
+            for key_value, change in zip(keys, changes, strict=True)
+            for value in (key_value, int(change.new))
+        ]
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, (*pairs, *keys))
+
     def _set_leases(self, source: Source[Any], rows: Collection[Candidate], lease: Status) -> None:
         """Compare and set locked rows at once, or none, with what the claim sets besides."""
         quote, meta = self.connection.ops.quote_name, source.owner._meta
@@ -452,8 +522,7 @@ class Engine(Session):
 
     def _lock_errors(self, source: Source[M], candidates: list[Candidate]) -> list[Candidate]:
         """Lock the rows of the error field where they are in another table; return the free candidates."""
-        features = self.connection.features
-        if not source.has_error_field_elsewhere or not features.has_select_for_update_skip_locked:
+        if not source.has_error_field_elsewhere or not self.passes_over_locked_rows:
             return candidates
         keys = source.keys_of_errors([row.pk for row in candidates])
         rows = source.error_rows().filter(pk__in=keys.values())
@@ -462,7 +531,7 @@ class Engine(Session):
 
     def _locked(self, source: Source[Any], rows: models.QuerySet[Any]) -> models.QuerySet[Any]:
         """Return the rows of the owner's table that nobody else has locked; reading them locks them."""
-        if self.connection.features.has_select_for_update_skip_locked:
+        if self.passes_over_locked_rows:
             return self._skipping_locked(rows)
         self._lock_by_writing(source, rows)
         return rows
@@ -482,7 +551,7 @@ class Engine(Session):
 
         Where SKIP LOCKED is unknown all are yielded, unlocked.
         """
-        if not self.connection.features.has_select_for_update_skip_locked:
+        if not self.passes_over_locked_rows:
             yield rows
             return
         free = iter([pk for (pk,) in self._skipping_locked(rows).values_list("pk")])
@@ -491,28 +560,58 @@ class Engine(Session):
 
     def deletable(self, rows: models.QuerySet[Any]) -> set[Any]:
         """Lock those rows of one table that nobody else has locked, to delete them; return their keys."""
-        if self.connection.features.has_select_for_update_skip_locked:
+        if self.passes_over_locked_rows:
             # Not NO KEY: to delete a row waits also for the inserts of rows that refer to it.
             rows = rows.select_for_update(skip_locked=True)
         return {pk for (pk,) in rows.order_by().values_list("pk")}
 
-    def probe(self, querysets: Sequence[models.QuerySet[Any]]) -> list[bool]:
-        """Say of each of these querysets whether it has a row, all in one statement."""
+    def probe(self, questions: Sequence[Question], is_usual: bool = False) -> list[int | None]:
+        """Answer these questions, each by a status or by None, all in one statement.
+
+        Args:
+            is_usual: the same are asked again and again, so that it is worth to plan them once.
+        """
+        selects, params = [], list[Any]()
+        for question in questions:
+            sql, more = first_status(question)
+            selects.append(sql)
+            params += more
+        is_same = is_usual and all(is_same_each_time(question.source) for question in questions)
+        return list(self._select(selects, params, self._execute if is_same else _execute_as_it_is))
+
+    #: Whether the database can tell a session that listens of new tasks, see `modelqueue.engines.notify`.
+    can_notify = False
+
+    def create_notify_trigger(self, table: str, column: str) -> list[str]:
+        """Return the statements that have the database tell of due tasks; none where it can not."""
+        return []
+
+    def drop_notify_trigger(self, table: str, column: str) -> list[str]:
+        """Return the statements that undo those of `create_notify_trigger`."""
+        return []
+
+    def scalars(self, querysets: Sequence[models.QuerySet[Any]]) -> list[Any]:
+        """Return the one value of each of these querysets, or None, all in one statement."""
         selects, params = [], list[Any]()
         for rows in querysets:
             try:
-                sql, more = rows.values("pk")[:1].query.get_compiler(self.using).as_sql()
+                sql, more = rows.query.get_compiler(self.using).as_sql()
             except EmptyResultSet:
-                selects.append("0")
+                selects.append("NULL")
             else:
-                selects.append(f"CASE WHEN EXISTS ({sql}) THEN 1 ELSE 0 END")
+                selects.append(f"({sql})")
                 params += more
+        return list(self._select(selects, params))
+
+    def _select(
+        self, selects: list[str], params: list[Any], execute: Execute = _execute_as_it_is
+    ) -> tuple[Any, ...]:
         with self.connection.cursor() as cursor:
-            cursor.execute(
-                f"SELECT {', '.join(selects)}{self.connection.features.bare_select_suffix}", params
+            execute(
+                cursor, f"SELECT {', '.join(selects)}{self.connection.features.bare_select_suffix}", params
             )
-            found = cursor.fetchone()
-        return [bool(one) for one in found]
+            found: tuple[Any, ...] = cursor.fetchone()
+        return found
 
     def clock_offset(self) -> dt.timedelta | None:
         """Return by how much the database's clock is ahead of this machine's; zero where it is the same.
@@ -534,7 +633,7 @@ class Engine(Session):
         Raises:
             RowLocked: somebody else has locked it. (Where SKIP LOCKED is unknown a write will wait.)
         """
-        if self.connection.features.has_select_for_update_skip_locked:
+        if self.passes_over_locked_rows:
             rows = rows.order_by()
             if not self._skipping_locked(rows).values_list("pk")[:1] and rows.exists():
                 raise RowLocked(f"somebody has locked its row in {rows.model._meta.db_table}")

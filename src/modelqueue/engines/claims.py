@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ from django.db import models
 
 from modelqueue.status import Status, shifted
 
-__all__ = ["Candidate", "Claim", "Overtaken", "Renewal", "Verdict", "lease_at"]
+__all__ = ["Candidate", "Change", "Claim", "Note", "Overtaken", "Renewal", "Verdict", "lease_at"]
 
 M = TypeVar("M", bound=models.Model)
 
@@ -56,6 +56,20 @@ class Verdict(NamedTuple):
     status: Status
     #: The text for the error field.
     note: str
+
+
+#: Told, before a lease is renewed: the primary key in the owner's table, what stands there, and what is to.
+Note = Callable[[Any, Status, Status], None]
+
+
+class Change(NamedTuple):
+    """A status that is to be written without anything else."""
+
+    #: Of the row in the owner's table, see `Source.owner`.
+    key: Any
+    #: One of these stands there as long as the task is ours.
+    old: frozenset[Status]
+    new: Status
 
 
 class Renewal(NamedTuple):

@@ -1,4 +1,10 @@
-"""MySQL and MariaDB: which errors mean "try again", and READ COMMITTED for our transactions."""
+"""MySQL and MariaDB: which errors mean "try again", and READ COMMITTED for our transactions.
+
+In a Galera cluster each node locks rows on its own. Of two that have changed one row the cluster lets one
+commit, and the other one gets error 1213, in its COMMIT or whatever it sends next. That is enough for compare
+and set. It is not for what relies on a lock that everybody sees, see `is_of_cluster`, nor where a row was not
+found as it should be: a node may lag behind what another one has committed, see `catch_up`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +17,24 @@ from django.db.utils import Error
 from modelqueue.engines.base import Engine
 from modelqueue.engines.sessions import Place
 
+#: ER_LOCK_DEADLOCK, which is also how a Galera node says that another node won.
+_DEADLOCK = 1213
 _TRY_AGAIN = {
     1020,  # ER_CHECKREAD: record has changed since last read (MariaDB, snapshot isolation)
+    1180,  # ER_ERROR_DURING_COMMIT, of a Galera node that has just lost the others
     1205,  # ER_LOCK_WAIT_TIMEOUT
-    1213,  # ER_LOCK_DEADLOCK, which is also how a Galera node says that another node won
+    _DEADLOCK,
 }
-
-
+_FULL = {
+    1021,  # ER_DISK_FULL
+    1114,  # ER_RECORD_FILE_FULL
+}
+#: ER_UNKNOWN_COM_ERROR, of a Galera node that is cut off from the others, or has just been started.
+_NOT_PREPARED = 1047
 _NO_SAVEPOINT = 1305  # ER_SP_DOES_NOT_EXIST
 _MARK = "modelqueue_mark"
+#: The attribute of a connection that says whether its session is with a node of a cluster.
+_CLUSTER = "modelqueue_cluster"
 
 
 class MySQLEngine(Engine):
@@ -27,6 +42,38 @@ class MySQLEngine(Engine):
 
     def is_try_again(self, error: Error) -> bool:
         return bool(error.args) and error.args[0] in _TRY_AGAIN
+
+    def is_full(self, error: Error) -> bool:
+        return bool(error.args) and error.args[0] in _FULL
+
+    def is_away(self, error: Error) -> bool:
+        return bool(error.args) and error.args[0] == _NOT_PREPARED
+
+    def is_of_cluster(self) -> bool:
+        # Asked once of each session. MySQL does not have the variable, so it can not be selected.
+        connection = self.connection
+        connection.ensure_connection()
+        session, is_known = getattr(connection, _CLUSTER, (None, False))
+        if session is not connection.connection:
+            with connection.cursor() as cursor:
+                cursor.execute("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'")
+                is_known = (cursor.fetchone() or ("", "OFF"))[1] == "ON"
+            setattr(connection, _CLUSTER, (connection.connection, is_known))
+        return bool(is_known)
+
+    def is_overruled(self, error: Error) -> bool:
+        return bool(error.args) and error.args[0] == _DEADLOCK and self.is_of_cluster()
+
+    def catch_up(self) -> bool:
+        if not self.is_of_cluster():
+            return False
+        with self.connection.cursor() as cursor:
+            cursor.execute("SET @modelqueue = @@SESSION.wsrep_sync_wait, SESSION wsrep_sync_wait = 1")
+            try:
+                cursor.execute("SELECT 1")
+            finally:
+                cursor.execute("SET SESSION wsrep_sync_wait = @modelqueue")
+        return True
 
     def transaction(self) -> transaction.Atomic:
         # Under REPEATABLE READ a locking read takes gap locks, which block inserts of waiting rows

@@ -35,7 +35,7 @@ import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from django.db import models
 from django.db.backends.utils import CursorWrapper
@@ -43,18 +43,23 @@ from django.db.utils import Error
 
 from modelqueue.claim_values import show
 from modelqueue.clock import Clock
-from modelqueue.engines import prepared
+from modelqueue.engines import notify, prepared
 from modelqueue.engines.base import Engine, WayToClaim
-from modelqueue.engines.claims import Candidate, Claim, Overtaken, lease_at
+from modelqueue.engines.claims import Candidate, Change, Claim, Overtaken, lease_at
 from modelqueue.engines.statements import (
+    Columns,
     Unreadable,
     columns_of,
     has_composite_key,
     is_plain,
+    is_same_each_time,
     key_names,
+    made_once,
     once,
     params_of,
     select_keys,
+    select_keys_at_any_time,
+    within,
 )
 from modelqueue.fields import set_loaded
 from modelqueue.source import Source
@@ -62,11 +67,15 @@ from modelqueue.status import Status
 
 M = TypeVar("M", bound=models.Model)
 
+#: What the sessions of workers are called, before the version.
+WORKER = "modelqueue worker "
+
 _TRY_AGAIN = {
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
     "55P03",  # lock_not_available
 }
+_FULL = "53100"  # disk_full
 # libpq's PQTRANS_IDLE and PQTRANS_INERROR, the same in psycopg 2 and 3
 _IDLE = 0
 _ABORTED = 3
@@ -83,41 +92,74 @@ FROM (SELECT count(*) FROM modelqueue_picked) AS modelqueue_all (picked) LEFT JO
 """
 
 
+_SET_STATUSES = """
+WITH modelqueue_given (number, pk, old, new) AS MATERIALIZED (
+    SELECT * FROM unnest(%s::integer[], %s::{type}[], %s::bigint[], %s::bigint[])
+),
+modelqueue_locked (pk, number, old, new) AS MATERIALIZED (
+    SELECT {table}.{key}, modelqueue_given.number, modelqueue_given.old, modelqueue_given.new
+    FROM {table} JOIN modelqueue_given
+    ON {table}.{key} = modelqueue_given.pk AND {table}.{status} = modelqueue_given.old
+    FOR NO KEY UPDATE OF {table} SKIP LOCKED
+)
+UPDATE {table} SET {status} = modelqueue_locked.new FROM modelqueue_locked
+WHERE {table}.{key} = modelqueue_locked.pk AND {table}.{status} = modelqueue_locked.old
+RETURNING modelqueue_locked.number
+"""
+
+
+class _Compiled(NamedTuple):
+    """The statement of a claim."""
+
+    sql: str
+    #: Of what it selects, see `within`.
+    params: tuple[Any, ...]
+    columns: Columns[Any]
+
+
 class PostgreSQLEngine(Engine):
     # Claim
 
     def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
         if has_composite_key(source.model):
             return None
-        return self._claim_and_return if is_plain(source) else self._claim_and_load
+        if source.fixed is None:
+            is_row = is_plain(source)
+        else:
+            is_row = once(self.connection, ("is plain", source.fixed), lambda: is_plain(source))
+        return self._claim_and_return if is_row else self._claim_and_load
 
     def _claim_and_return(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         """Claim tasks that are rows of one table: the statement returns all there is of them."""
-        moment, columns = clock(), columns_of(source)
-        keys = select_keys(source, moment, limit)
-        names, values_set = source.names_set, params_of(source.sets.items(), self.connection)
-        params = (*keys.params, int(lease_at(moment)), *values_set)
+        moment, names, is_same = clock(), source.names_set, is_same_each_time(source)
+        make = partial(self._compile_claim, source, limit)
+        compiled = made_once(source, ("claim", limit, *names), make) if is_same else make()
+        columns, values_set = compiled.columns, params_of(source.sets.items(), self.connection)
+        params = (
+            *within(compiled.params, source.any_due(moment)),
+            int(lease_at(moment)),
+            *values_set,
+        )
         # Inside a transaction of the caller a savepoint, so that it can go on after an error. Of psycopg 2
         # what can not be read can not be told apart: the rows of such an answer have to be rolled back.
         own = self.transaction() if self.is_inside_transaction() or self._is_psycopg_2 else nullcontext()
         with own, self.connection.cursor() as cursor:
-            if source.queryset.query.where:  # with parameters of the caller's own
-                cursor.execute(self._claim_sql(source, keys.sql, columns.sql), params)
+            if is_same:
+                self._execute(cursor, compiled.sql, params)
             else:
-                name = ("claim", source.field, keys.sql, columns.sql)
-                make = partial(self._claim_sql, source, keys.sql, columns.sql)
-                self._execute(cursor, once(self.connection, name, make), params)
+                cursor.execute(compiled.sql, params)
             rows = self._fetch(cursor)
         if len(rows) == 1 and rows[0][1] is None:  # none is claimed
             if rows[0][0]:  # but picked: a trigger has left them as they are, and would do so for ever
                 raise Overtaken
             return []
-        claims: list[Claim[M]] = []
+        claims, lease = list[Claim[M]](), lease_at(moment)
         for _, key, number, *values in _in_order(rows):
             pk, status = columns.key(key), Status(number)
             before = columns.before(names, values) if names else None
             row = Candidate(pk, pk, status, before)
-            claims.append(columns.claim(source, row, _lease(moment, status), values[len(names) :]))
+            lease_of_row = Status(lease + status.attempts)
+            claims.append(columns.claim(source, row, lease_of_row, values[len(names) :]))
         return claims
 
     def _fetch(self, cursor: CursorWrapper) -> list[tuple[Any, ...]]:
@@ -159,20 +201,22 @@ class PostgreSQLEngine(Engine):
         except Exception as error:
             return Unreadable(error)
 
-    def _claim_sql(self, source: Source[Any], keys: str, columns: str) -> str:
+    def _compile_claim(self, source: Source[Any], limit: int) -> _Compiled:
+        keys, columns = select_keys_at_any_time(source, limit), columns_of(source)
         quote = self.connection.ops.quote_name
         set_columns = [quote(str(field.column)) for field in source.sets]
         before = [f"before_{number}" for number in range(len(set_columns))]
-        return _CLAIM.format(
+        sql = _CLAIM.format(
             names="".join(f", {name}" for name in before),
-            keys=keys,
+            keys=keys.sql,
             sets="".join(f", {column} = %s" for column in set_columns),
             before="".join(f", modelqueue_picked.{name}" for name in before),
             table=quote(source.owner._meta.db_table),
             status=quote(str(source.field.column)),
             key=quote(str(source.owner._meta.pk.column)),
-            columns=columns,
+            columns=columns.sql,
         )
+        return _Compiled(sql, keys.params, columns)
 
     def _claim_and_load(self, source: Source[M], clock: Clock, limit: int) -> list[Claim[M]]:
         """Claim tasks of any queryset: lock them, load them through it, and set their leases at once."""
@@ -189,11 +233,36 @@ class PostgreSQLEngine(Engine):
                     break
                 self._set_leases(source, loaded, lease_at(moment))
                 for row in loaded:
-                    lease = _lease(moment, row.status)
+                    lease = lease_at(moment, row.status.attempts)
                     set_loaded(tasks[row.pk], source.field, lease)
                     show(tasks[row.pk], source.sets)
                     claims.append(Claim(row, lease, tasks[row.pk]))
         return claims
+
+    # Outcomes
+
+    def _set_statuses_together(self, source: Source[Any], changes: Sequence[Change]) -> set[Any]:
+        meta = source.owner._meta
+        quote = self.connection.ops.quote_name
+
+        def make() -> str:
+            return _SET_STATUSES.format(
+                table=quote(meta.db_table),
+                key=quote(str(meta.pk.column)),
+                status=quote(str(source.field.column)),
+                type=meta.pk.db_type(self.connection),
+            )
+
+        sql = once(self.connection, ("set statuses", source.field), make)
+        keys = params_of([(meta.pk, change.key) for change in changes], self.connection)
+        given = [
+            (number, keys[number], int(old), int(change.new))
+            for number, change in enumerate(changes)
+            for old in change.old
+        ]
+        with self.connection.cursor() as cursor:
+            self._execute(cursor, sql, list(map(_array, zip(*given, strict=True))))
+            return {changes[number].key for (number,) in cursor.fetchall()}
 
     def _pick_and_lock(self, source: Source[Any], moment: dt.datetime, limit: int) -> list[Candidate]:
         keys = select_keys(source, moment, limit)
@@ -211,10 +280,28 @@ class PostgreSQLEngine(Engine):
     def _execute(self, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
         prepared.execute(self.connection, cursor, sql, params)
 
+    # New tasks
+
+    can_notify = True
+
+    def create_notify_trigger(self, table: str, column: str) -> list[str]:
+        return notify.create_trigger(self.connection, table, column)
+
+    def drop_notify_trigger(self, table: str, column: str) -> list[str]:
+        return notify.drop_trigger(self.connection, table, column)
+
     # Errors and transactions
 
     def is_try_again(self, error: Error) -> bool:
         return prepared.sqlstate(error) in _TRY_AGAIN
+
+    def is_full(self, error: Error) -> bool:
+        return prepared.sqlstate(error) == _FULL
+
+    def name_sessions(self, version: str) -> None:
+        # All connections of a process to this database are made from this one dictionary. Not by SET, which
+        # would stay in the session of a pooler.
+        self.connection.settings_dict["OPTIONS"].setdefault("application_name", WORKER + version)
 
     def connections_in_use(self) -> tuple[int, int]:
         with self.connection.cursor() as cursor:
@@ -252,5 +339,7 @@ def _in_order(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return sorted(rows, key=lambda row: row[2])
 
 
-def _lease(moment: dt.datetime, before: Status) -> Status:
-    return lease_at(moment, before.attempts)
+def _array(values: Sequence[Any]) -> Any:
+    """Return an array of values for the driver: of integers as text, as it takes long to make that."""
+    is_text = all(type(value) is int for value in values)
+    return "{" + ",".join(map(int.__repr__, values)) + "}" if is_text else list(values)

@@ -28,6 +28,8 @@ __all__ = ["execute", "sqlstate"]
 _WORTH_IT = 5
 #: Seconds after which a plan is made anew: it may have been made for a table that was empty then.
 _LONGEST = 10.0
+#: Statements of a session that are remembered: some may have ever new texts, which would fill the memory.
+_MOST = 200
 
 _UNKNOWN = "26000"  # invalid_sql_statement_name
 _KNOWN = "42P05"  # duplicate_prepared_statement
@@ -55,6 +57,9 @@ def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, pa
     is, since an error would end that.
     """
     use = _use(connection, sql)
+    if use is None:
+        cursor.execute(sql, params)
+        return
     use.times += 1
     is_inside = connection.in_atomic_block or not connection.get_autocommit()
     if is_inside or not use.is_worth_it or not conf.get("PREPARED_STATEMENTS"):
@@ -84,14 +89,15 @@ def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, pa
         cursor.execute(sql, params)
 
 
-def _use(connection: BaseDatabaseWrapper, sql: str) -> _Use:
+def _use(connection: BaseDatabaseWrapper, sql: str) -> _Use | None:
+    """Return how the session uses a statement; None: it knows so many that this one is sent as it is."""
     session: Any
     uses: dict[str, _Use]
     session, uses = vars(connection).get("_modelqueue_prepared", (None, {}))
     if session is not connection.connection:
         uses = {}
         vars(connection)["_modelqueue_prepared"] = connection.connection, uses
-    return uses.setdefault(sql, _Use())
+    return uses.setdefault(sql, _Use()) if sql in uses or len(uses) < _MOST else None
 
 
 @functools.lru_cache(maxsize=1000)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import datetime as dt
 import random
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,7 @@ from django.db.utils import Error
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-__all__ = ["RowLocked", "Session"]
+__all__ = ["RowLocked", "Session", "end_queries_of", "full_since", "note_full"]
 
 T = TypeVar("T")
 
@@ -31,6 +32,19 @@ T = TypeVar("T")
 Place = tuple[Any, "list[transaction.Atomic]"]
 
 _LONGEST_ROUND_TRIP = dt.timedelta(seconds=0.2)
+
+#: When the disk of a database was full for this process, by the monotonic clock.
+_full_at: dict[str, float] = {}
+
+
+def note_full(using: str) -> None:
+    """The disk of a database is full just now."""
+    _full_at[using] = time.monotonic()
+
+
+def full_since(moment: float) -> list[str]:
+    """Return the databases whose disk was full for this process after a moment of the monotonic clock."""
+    return [using for using, latest in list(_full_at.items()) if latest > moment]
 
 
 class RowLocked(Exception):  # noqa: N818
@@ -46,11 +60,17 @@ class Session:
     connection: BaseDatabaseWrapper
     #: Seconds for which "try again" errors are retried. Who holds up others meanwhile takes less.
     patience = 30.0
+    #: Does a query of which not all rows were read keep others from writing?
+    locks_by_reading = False
 
     def __init__(self, using: str) -> None:
         self.using = using
         self.connection = connections[using]
         self._has_lost_connection = False
+
+    def forget(self) -> None:
+        """Be as new, for the next task."""
+        self.patience, self._has_lost_connection = Session.patience, False
 
     # Transactions
 
@@ -91,6 +111,10 @@ class Session:
         """Say whether the database asks to try the same transaction again. The portable engine knows none."""
         return False
 
+    def is_full(self, error: Error) -> bool:
+        """Say whether the database has no room for a write. The portable engine does not know."""
+        return False
+
     def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
         """Do work in a transaction of its own, again while the database says "try again".
 
@@ -112,8 +136,10 @@ class Session:
             except (OperationalError, InterfaceError) as error:
                 if is_outer:
                     raise
-                was_lost = not self.is_try_again(error) and self._has_lost(session)
+                was_lost = not self.is_try_again(error) and self._has_lost(session, error)
                 self._has_lost_connection = was_lost
+                if self.is_full(error):
+                    note_full(self.using)
                 if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
                     raise
             self.note_contention()
@@ -127,20 +153,42 @@ class Session:
             return not connection.settings_dict["AUTOCOMMIT"]
         return connection.in_atomic_block or not connection.autocommit
 
-    def _has_lost(self, session: Any) -> bool:
-        """Say whether the connection to the database is another one than `session`, or none."""
+    def is_away(self, error: Error) -> bool:
+        """Say whether a server that answers says that it can do nothing for anybody just now."""
+        return False
+
+    def _has_lost(self, session: Any, error: Error) -> bool:
+        """Say whether the connection to the database is another one than `session`, none, or of no use."""
+        if self.is_away(error):
+            self._throw_connection_away()  # perhaps it was not set up in full
+            return True
         # On its way out of a transaction Django has opened another where it found the first one broken.
         return session is None or self.connection.connection is not session or self._close_if_broken()
 
     def is_of_the_database_itself(self, error: Exception) -> bool:
-        """Say whether an error is no fault of a row or a queryset, but of the connection or a lock."""
+        """Say whether an error is no fault of a row or a queryset, but of the session, a lock or the disk."""
         if not isinstance(error, (OperationalError, InterfaceError)):
             return isinstance(error, RowLocked)
-        return self.is_try_again(error) or self._has_lost_connection
+        return self.is_try_again(error) or self.is_full(error) or self._has_lost_connection
 
     def meets_everybody(self, error: Error) -> bool:
         """Say whether any other statement would end with this error, too, as the database is away."""
         return self._has_lost_connection
+
+    def is_of_cluster(self) -> bool:
+        """Say whether there are several servers that take writes, none of which sees the locks of another."""
+        return False
+
+    def is_overruled(self, error: Error) -> bool:
+        """Say whether the open transaction was rolled back for that of another server of a cluster."""
+        return False
+
+    def catch_up(self) -> bool:
+        """Wait until all is seen that the other servers of a cluster have committed by now.
+
+        Returns whether there is such a thing. It takes as long as nothing can be committed.
+        """
+        return False
 
     def is_connected(self) -> bool:
         """Say whether the database answers on this connection; opens none."""
@@ -196,6 +244,9 @@ class Session:
 
     # The server
 
+    def name_sessions(self, version: str) -> None:
+        """Let the server know the next sessions of this process as those of a worker of this version."""
+
     def connections_in_use(self) -> tuple[int, int] | None:
         """Return how many connections the server has, and may have; None where there is no such limit."""
         return None
@@ -221,3 +272,23 @@ class Session:
 
     def give_way(self) -> None:
         """Let other workers come to their turn; called after a task, outside of transactions."""
+
+
+def end_queries_of(error: BaseException) -> None:
+    """End the queries that are open, also on a connection that is closed, as long as somebody has an error.
+
+    The frames that it came through have the cursors. They lose all their local variables.
+    """
+    for one in _with_causes(error):
+        traceback.clear_frames(one.__traceback__)
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all from which it has come, each once, as they may be a circle."""
+    found, known = [error], set[int]()
+    while found:
+        one = found.pop()
+        if id(one) not in known:
+            known.add(id(one))
+            yield one
+            found += [cause for cause in (one.__cause__, one.__context__) if cause is not None]

@@ -38,7 +38,7 @@ from modelqueue.status import Status
 
 M = TypeVar("M", bound=models.Model)
 
-_BUSY, _LOCKED = 5, 6  # the primary result codes SQLITE_BUSY and SQLITE_LOCKED
+_BUSY, _LOCKED, _FULL = 5, 6, 13  # the primary result codes SQLITE_BUSY, SQLITE_LOCKED and SQLITE_FULL
 
 #: Seconds for which a worker remembers that there are others.
 _DEFAULT_TIMEOUT = 5.0  # of the sqlite3 module
@@ -50,6 +50,8 @@ _contended_until: dict[str, float] = {}
 
 
 class SQLiteEngine(Engine):
+    locks_by_reading = True
+
     # Claim
 
     def _way_to_claim_at_once(self, source: Source[M]) -> WayToClaim[M] | None:
@@ -102,13 +104,10 @@ class SQLiteEngine(Engine):
         return super().transaction()
 
     def is_try_again(self, error: Error) -> bool:
-        cause = error.__cause__
-        if not isinstance(cause, sqlite3.OperationalError):
-            return False
-        code = getattr(cause, "sqlite_errorcode", None)
-        if code is None:  # Python 3.10 has the text only
-            return "is locked" in str(cause)
-        return (code & 0xFF) in (_BUSY, _LOCKED)
+        return _has_code(error, {_BUSY, _LOCKED}, "is locked")
+
+    def is_full(self, error: Error) -> bool:
+        return _has_code(error, {_FULL}, "is full")
 
     def meets_everybody(self, error: Error) -> bool:
         # There is one lock for all that write.
@@ -146,3 +145,14 @@ class SQLiteEngine(Engine):
     def give_way(self) -> None:
         if time.monotonic() < _contended_until.get(self.using, 0.0):
             time.sleep(random.uniform(0.001, 0.005))  # noqa: S311  (jitter)
+
+
+def _has_code(error: Error, codes: set[int], text: str) -> bool:
+    """Say whether SQLite has given one of these codes, or has said so where Python does not tell them."""
+    cause = error.__cause__
+    if not isinstance(cause, sqlite3.OperationalError):
+        return False
+    code = getattr(cause, "sqlite_errorcode", None)
+    if code is None:  # Python 3.10 has the text only
+        return text in str(cause)
+    return (code & 0xFF) in codes

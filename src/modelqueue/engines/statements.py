@@ -14,17 +14,20 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from django.core.exceptions import EmptyResultSet
 from django.db import connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import Q
+from django.db.models import Q, Value
 from django.db.models.query import ModelIterable
 
 from modelqueue.engines.claims import Candidate, Claim
 from modelqueue.fields import set_loaded
-from modelqueue.source import Source
+from modelqueue.source import Question, Source
 from modelqueue.status import State, Status
 
 __all__ = [
@@ -32,20 +35,29 @@ __all__ = [
     "Selection",
     "Unreadable",
     "columns_of",
+    "first_status",
     "has_composite_key",
     "is_one_of",
     "is_plain",
+    "is_same_each_time",
     "key_names",
+    "made_once",
     "once",
     "params_of",
     "placeholders",
     "select_keys",
+    "select_keys_at_any_time",
     "select_tasks",
     "update_of_row",
+    "within",
 ]
 
 M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
+
+#: Stand, among the parameters of what is compiled once, for the first and the last status that count now.
+_FIRST: Any = object()
+_LAST: Any = object()
 
 
 def once(connection: BaseDatabaseWrapper, key: tuple[object, ...], make: Callable[[], T]) -> T:
@@ -108,13 +120,14 @@ class Selection:
 
 def select_keys(source: Source[Any], now: dt.datetime, limit: int) -> Selection:
     """Select the keys (see `key_names`), the statuses and what the claim sets of up to `limit` due tasks."""
-    names_set = source.names_set
+    make = partial(select_keys_at_any_time, source, limit)
+    return _for_the_moment(source, now, ("keys", limit, *source.names_set), make)
 
-    def make() -> Selection:
-        names = [*key_names(source), source.field.name, *names_set]
-        return _selection(source.due(now).values_list(*names)[:limit], source)
 
-    return _for_the_moment(source, now, ("keys", limit, *names_set), make)
+def select_keys_at_any_time(source: Source[Any], limit: int) -> Selection:
+    """Do the same for a moment that `within` tells."""
+    names = [*key_names(source), source.field.name, *source.names_set]
+    return _selection(_due(source).values_list(*names)[:limit], source)
 
 
 def key_names(source: Source[Any]) -> list[str]:
@@ -124,32 +137,95 @@ def key_names(source: Source[Any]) -> list[str]:
 
 def select_tasks(source: Source[Any], now: dt.datetime, limit: int) -> Selection:
     """Select all columns, those of `columns_of`, of up to `limit` due tasks of a plain source."""
-    return _for_the_moment(source, now, ("tasks", limit), lambda: _selection(source.due(now)[:limit], source))
+    return _for_the_moment(
+        source,
+        now,
+        ("tasks", limit),
+        lambda: _selection(_due(source)[:limit], source),
+    )
+
+
+def _due(source: Source[M]) -> models.QuerySet[M]:
+    return source.up_to(State.waiting, Value(_LAST), Value(_FIRST))
 
 
 def _selection(rows: Any, source: Source[Any]) -> Selection:
     compiler = rows.query.get_compiler(source.using)
-    sql, params = compiler.as_sql()
+    sql, params = _with_literals(source, *compiler.as_sql())
     selected = [column for column, _, _ in compiler.select]
     converters = compiler.get_converters(selected)
     return Selection(
         sql,
-        (*params,),
+        params,
         selected[-1].alias,
         lambda values: compiler.apply_converters(values, converters),
     )
 
 
+def first_status(question: Question) -> tuple[str, tuple[Any, ...]]:
+    """Return an expression that answers a question by a status or NULL, and its parameters."""
+    source, name = question.source, question.source.field.name
+
+    def make() -> tuple[str, tuple[Any, ...]]:
+        # Not by the key as well, as a claim: many rows may have one status, which would all be read.
+        rows: Any = source.up_to(question.state, Value(_LAST), Value(_FIRST)).order_by(name)
+        try:
+            sql, params = rows.values(name)[:1].query.get_compiler(source.using).as_sql()
+        except EmptyResultSet:
+            return "NULL", ()
+        sql, params = _with_literals(source, sql, params)
+        return f"({sql})", params
+
+    sql, params = made_once(source, ("first status", question.state), make)
+    return sql, within(params, question)
+
+
 def _for_the_moment(
     source: Source[Any], now: dt.datetime, key: tuple[object, ...], make: Callable[[], Selection]
 ) -> Selection:
-    if source.queryset.query.where or not is_plain(source):
+    made = made_once(source, key, make)
+    return replace(made, params=within(made.params, source.any_due(now)))
+
+
+def _with_literals(source: Source[Any], sql: str, params: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    """Put the values of a queryset that is the same each time into the statement, where this can be prepared.
+
+    Of a parameter that it is prepared with, PostgreSQL decides the type by what stands around it. That may be
+    another one than that of the value, which would then be rounded, for example.
+    """
+    # Which only PostgreSQL has.
+    compose: Callable[[str, list[Any]], str] | None
+    compose = getattr(connections[source.using].ops, "compose_sql", None)
+    if compose is None or source.fixed is None or not is_same_each_time(source):
+        return sql, (*params,)
+    ours = [value is _FIRST or value is _LAST for value in params]
+    texts = [
+        "%s" if is_ours else compose("%s", [value]).replace("%", "%%")
+        for value, is_ours in zip(params, ours, strict=True)
+    ]
+    return sql.replace("%%", "%%%%") % (*texts,), (*compress(params, ours),)
+
+
+def is_same_each_time(source: Source[Any]) -> bool:
+    """Say whether the statements of a source have the same text each time, and no values of the caller's."""
+    if source.at_least is not None:  # a head: each time another
+        return False
+    # Where there are conditions, they may be others now.
+    return source.fixed is not None or (not source.queryset.query.where and is_plain(source))
+
+
+def made_once(source: Source[Any], key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """Return what was made of the rows of a source before, where these are known to be the same."""
+    if not is_same_each_time(source):
         return make()
-    # All rows of a table: from call to call only the time is another.
-    key = ("due", source.model, source.field, *key)
-    made = once(connections[source.using], key, make)
-    bounds = Status.minimum(State.waiting), int(Status.waiting(now, Status.max_attempts))
-    return Selection(made.sql, bounds, made.alias, made.converted)
+    rows: object = source.model if source.fixed is None else source.fixed
+    return once(connections[source.using], (*key, rows, source.field, source.below), make)
+
+
+def within(params: tuple[Any, ...], question: Question) -> tuple[Any, ...]:
+    """Return the parameters of what was compiled once for a question that is asked now."""
+    meant = {id(_FIRST): question.first, id(_LAST): question.last}
+    return tuple([meant.get(id(value), value) for value in params])
 
 
 class Unreadable(NamedTuple):
