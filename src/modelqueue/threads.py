@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connections
 
-__all__ = ["Kept", "NotCalled", "await_with_own_thread", "call_in_own_thread", "in_thread"]
+__all__ = ["Kept", "NotCalled", "await_with_own_thread", "call_apart", "call_in_own_thread", "in_thread"]
 
 T = TypeVar("T")
 #: What came of it, and the cancellation that arrived meanwhile, which the caller is to raise.
@@ -82,18 +82,25 @@ async def in_thread(
     return cast("T", result), canceled
 
 
+def call_apart(function: Callable[[], T]) -> T:
+    """Call a function in a thread of its own, so with connections of its own, and wait for its end."""
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(_call_and_close, function).result()
+
+
+def _call_and_close(function: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return function(*arguments)
+    finally:
+        _close_connections()
+
+
 async def call_in_own_thread(function: Callable[..., T], *arguments: Any) -> Kept[T]:
     """Call a function as `in_thread` does, in a thread of its own; its connections are closed at the end."""
-
-    def work() -> T:
-        try:
-            return function(*arguments)
-        finally:
-            _close_connections()
-
     executor = ThreadPoolExecutor(1)
     try:
-        return await in_thread(work, executor=executor)
+        return await in_thread(_call_and_close, function, *arguments, executor=executor)
     finally:
         executor.shutdown(wait=False)
 

@@ -6,12 +6,11 @@ Other tests run on the server of the suite meanwhile, so here is one of its own,
 import os
 
 import pytest
-from django.db import connection
 
 from modelqueue import Status
 from tests import servers
-from tests.processes import Processes, wait_until
-from tests.testapp.models import Errand, Ledger
+from tests.processes import Processes, make_tables, wait_until
+from tests.testapp.models import Errand
 from tests.testapp.queues import review
 from tests.worker.workers import Workers
 
@@ -27,14 +26,6 @@ def databases():
         yield servers.databases(server.connection)
 
 
-def make_tables():
-    with connection._nodb_cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {connection.settings_dict['NAME']}")
-    with connection.schema_editor() as editor:
-        editor.create_model(Errand)
-        editor.create_model(Ledger)
-
-
 def make_errands(count):
     waiting = Status.waiting()
     Errand.objects.bulk_create(
@@ -48,7 +39,7 @@ def count():
 
 def test_worker_says_what_to_set_when_the_server_gives_no_more_connections(databases):
     with Processes(databases) as processes, Workers() as workers:
-        processes.start(make_tables).result()
+        processes.start(make_tables, "Errand", "Ledger").result()
         processes.start(make_errands, 2 * CONNECTIONS).result()
         worker = workers.start("testapp.review", databases=databases)
         wait_until(lambda: f"connections of the {CONNECTIONS} that it allows" in worker.output)

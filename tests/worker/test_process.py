@@ -6,23 +6,30 @@ import logging
 import multiprocessing
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 from django.db import IntegrityError, InternalError, OperationalError, connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 import modelqueue
-from modelqueue import Retry, State, Status, attempts, leases, verbs
+from modelqueue import Retry, State, Status, attempts, leases, signals, verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
-from modelqueue.engines import Engine, engine_for
-from modelqueue.worker import completer, loop, threads
+from modelqueue.clock import now
+from modelqueue.engines import Engine, RowLocked, engine_for, note_full
+from modelqueue.exceptions import Interrupted, TimedOut
+from modelqueue.worker import child, completer, limits, loop, running, slots, threads
 from modelqueue.worker import process as process_module
-from modelqueue.worker import supervisor as supervisor_module
-from modelqueue.worker.database_clock import DatabaseClock
+from modelqueue.worker.bell import Bell
+from modelqueue.worker.board import Board
 from modelqueue.worker.options import Options
 from modelqueue.worker.process import Process
-from modelqueue.worker.suspects import Suspects
-from tests.actions import SECOND, heard, row, stored, succeed, unexpected
+from modelqueue.worker.running import Claimed, Register, Running
+from modelqueue.worker.system import interrupt_thread
+from tests.actions import SECOND, heard, row, stored, succeed, unexpected, write_down
+from tests.pace import within
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Job, Ledger, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
@@ -33,21 +40,40 @@ pytestmark = pytest.mark.django_db(transaction=True)
 class Started:
     """A process in a thread, and the end of the pipe that its supervisor has."""
 
-    def __init__(self, *names, **options):
+    def __init__(self, *names, places=10, **options):
         self.pipe, theirs = multiprocessing.Pipe()
         self.heard = []
-        self._process = Process(Options(names=names, **{"grace": 5.0, **options}), theirs)
+        self.board = Board(places, names)
+        self._process = Process(
+            Options(names=names, **{"grace": 5.0, **options}), theirs, self.board, Bell(names)
+        )
         self.thread = threading.Thread(target=self._process.run)
         self.thread.start()
         self.wait_for("ready")
 
     def wait_for(self, message):
         def is_heard():
-            while self.pipe.poll():
-                self.heard.append(self.pipe.recv())
+            self.listen()
             return [one for one in self.heard if one[0] == message]
 
         return wait_until(is_heard)[-1][1:]
+
+    def listen(self):
+        with suppress(EOFError):
+            while self.pipe.poll():
+                self.heard.append(self.pipe.recv())
+
+    def held(self):
+        """What its supervisor would give back if it died now, each with what stands on the board."""
+        self.listen()
+        told = [one for message, *told in self.heard if message == "claimed" for one in told[0]]
+        places = {one.place: one for one in told}
+        held = []
+        for place, note in self.board.read_all().items():
+            claimed = Claimed(place, note.number, note.queue, note.row) if note.queue else places[place]
+            assert claimed.number == note.number
+            held.append((claimed, note))
+        return held
 
     def ended(self):
         self.wait_for("ended")
@@ -103,10 +129,10 @@ def test_tasks_are_run_until_there_are_none_and_reported(start):
 
     def is_done():
         process.pipe.send(("due", ["testapp.do_errand"]))
-        return sum(process.ended().values()) == 5
+        return sum(process.ended().values()) == 4
 
     wait_until(is_done)
-    assert process.ended() == {"finish": 1, "fail": 4}
+    assert process.ended() == {"finish": 1, "fail": 3}  # the last attempt is left to another process
     assert stored(errands[0]).state == State.finished
 
 
@@ -132,42 +158,130 @@ def test_due_tasks_are_claimed_when_the_supervisor_says_so(start):
     wait_until(lambda: stored(errand).state == State.finished)
 
 
-def test_abandoned_tasks_are_recovered_when_the_supervisor_says_so(start):
+def test_supervisor_knows_what_a_process_has_claimed_and_begun_and_under_which_lease(start):
+    errand = make("doze 60", status=Status.waiting(5))
     process = start("testapp.do_errand")
-    errand = make(status=Status.working(5))
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    wait_until(lambda: stored(errand).state == State.waiting)  # by itself, as it looks twice
-    assert stored(errand).attempts == 1
+    ((claimed, note),) = wait_until(process.held)
+    wait_until(lambda: process.held()[0][1].has_begun)
+    assert (claimed.queue, claimed.row.pk, claimed.row.status) == (
+        "testapp.do_errand",
+        errand.pk,
+        Status.waiting(5),
+    )
+    first = stored(errand)
+    assert note.leases == {first}
+    assert not [message for message, *_ in process.heard if message == "claimed"]  # it stands on the board
+    wait_until(lambda: stored(errand) > first)  # it was renewed
+    assert stored(errand) in process.held()[0][1].leases
+    process.stop(0.1)
+    assert process.held() == []
 
 
-@pytest.mark.parametrize(("jump", "looks_for_some"), [(0.3, True), (600.0, False)])
-def test_process_whose_time_has_jumped_recovers_nothing(jump, looks_for_some, start, monkeypatch):
-    """By the clock of the others, who see it later, nothing has run out, perhaps."""
-    monkeypatch.setattr(DatabaseClock, "follow", lambda self: jump)
-    looks = []
-    recover = verbs.recover
-    monkeypatch.setattr(verbs, "recover", lambda *given, **more: looks.append(1) or recover(*given, **more))
-    process = start("testapp.do_errand")
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    errand = make()
-    process.pipe.send(("due", ["testapp.do_errand"]))
-    wait_until(lambda: stored(errand).state == State.finished)
-    assert bool(looks) == looks_for_some
-
-
-def test_expired_row_is_left_alone_until_it_was_seen_twice(start, monkeypatch):
-    """A transaction had locked it for longer than the lease, perhaps, and its worker is about to renew it."""
+@pytest.mark.parametrize("name", ["testapp.do_errand", "testapp.review"])
+def test_attempt_has_begun_when_the_receivers_of_its_claim_are_called(name, start):
+    """They may be what kills the process, and the same claim would come again and again."""
     seen = []
-    confirm = Suspects.confirm
-    monkeypatch.setattr(Suspects, "confirm", lambda self, row: seen.append(row) or confirm(self, row))
-    process = start("testapp.do_errand")
-    errand = make(status=Status.working(5))
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    wait_until(lambda: seen)
-    other = make()
-    process.pipe.send(("due", ["testapp.do_errand"]))
+
+    def look(sender, **facts):
+        seen.append([note.has_begun for _, note in process.held()])
+
+    field = "status" if name == "testapp.do_errand" else "review_status"
+    process = start(name)
+    signals.task_claimed.connect(look)
+    try:
+        make(**{"status": NOT_TO_DO, field: Status.waiting()})
+        process.pipe.send(("due", [name]))
+        wait_until(lambda: seen)
+    finally:
+        signals.task_claimed.disconnect(look)
+    assert seen == [[True]]
+
+
+def test_tasks_for_which_the_board_has_no_place_are_run_all_the_same(start):
+    """The code was changed since, and its queue has more slots."""
+    errands = [make("doze 0.5") for _ in range(3)]
+    process = start("testapp.do_errand", places=1)
+    wait_until(lambda: all(stored(errand).state == State.finished for errand in errands))
+    assert len(process.held()) == 0
+
+
+def test_claims_that_can_not_be_told_are_run_all_the_same(start, monkeypatch, caplog):
+    """Their primary key is of a class that can not be pickled."""
+    caplog.set_level(logging.DEBUG, "modelqueue")
+    monkeypatch.setattr(Board, "can_name", lambda board, row: False)
+    monkeypatch.setattr(
+        running, "Claimed", lambda *given: SimpleNamespace(queue="errands", row=threading.Lock())
+    )
+    errand = make()
+    start("testapp.do_errand")
+    wait_until(lambda: stored(errand).state == State.finished)
+    assert "errands: its claims can not be told: " in caplog.text
+
+
+LAST = Status.waiting(5, do_errand.policy.retry)
+
+
+def test_task_on_its_last_attempt_is_left_to_a_process_for_these(start):
+    last, other = make(status=LAST), make(status=Status.waiting(6, 1))
+    start("testapp.do_errand")
     wait_until(lambda: stored(other).state == State.finished)
-    assert stored(errand) == Status.working(5)
+    assert stored(last) == LAST
+    start("testapp.do_errand", threads=1, alone=True)
+    wait_until(lambda: stored(last).state == State.finished)
+
+
+def test_process_for_last_attempts_runs_one_at_a_time_and_nothing_else(start):
+    first, second = make("doze 0.3", status=LAST), make("doze 0.3", status=LAST)
+    other = make(status=Status.waiting(4))
+    process = start("testapp.do_errand", "testapp.review", threads=1, alone=True)
+    seen = set()
+
+    def are_finished():
+        seen.add(do_errand.tally()["working"])
+        process.pipe.send(("due", ["testapp.do_errand"]))
+        return stored(first).state == stored(second).state == State.finished
+
+    wait_until(are_finished)
+    assert seen <= {0, 1}
+    assert stored(other) == Status.waiting(4)
+
+
+def test_process_for_last_attempts_ends_when_there_was_none_for_long(start, monkeypatch):
+    monkeypatch.setattr(process_module, "_LONGEST_IDLE", 0.3)
+    process = start("testapp.do_errand", threads=1, alone=True)
+    assert process.wait_for("full") == ("has no last attempts to run any more",)
+
+
+@pytest.mark.parametrize("name", ["testapp.do_errand", "testapp.review"])
+def test_task_that_has_failed_before_begins_when_earlier_outcomes_are_written(name, start, monkeypatch):
+    """It may kill its process, and they would be charged."""
+    order, settle, begin = [], Attempt.settle, Register.begin
+
+    def settle_slowly(attempt, error):
+        order.append(("ended", attempt.claim.row.pk))
+        time.sleep(0.3)
+        outcome = settle(attempt, error)
+        order.append(("written", attempt.claim.row.pk))
+        return outcome
+
+    def note(register, running):
+        order.append(("begun", running.attempt.claim.row.pk))
+        begin(register, running)
+
+    monkeypatch.setattr(Attempt, "settle", settle_slowly)
+    monkeypatch.setattr(Register, "begin", note)
+    field = "status" if name == "testapp.do_errand" else "review_status"
+
+    def enqueue(attempts):
+        return make(**{"status": NOT_TO_DO, field: Status.waiting(5, attempts)})
+
+    fresh = enqueue(0)
+    process = start(name)
+    wait_until(lambda: ("ended", fresh.pk) in order)
+    failed = enqueue(1)
+    process.pipe.send(("due", [name]))
+    wait_until(lambda: stored(failed, field).state == State.finished)
+    assert order.index(("written", fresh.pk)) < order.index(("begun", failed.pk))
 
 
 def test_process_says_how_many_tasks_it_runs(start):
@@ -252,7 +366,8 @@ def test_queue_that_is_broken_takes_no_turns_from_another(start, declare, monkey
         return process.ended() == {"finish": 100}
 
     wait_until(is_done)
-    assert time.monotonic() - began < 10  # a pause of a second with each turn took longer than a minute
+    # A pause of a second with each turn took longer than a minute.
+    assert time.monotonic() - began < within(10)
 
 
 def test_queue_that_is_gone_from_the_code_ends_nothing(start, caplog):
@@ -323,7 +438,12 @@ def test_process_that_is_told_to_stop_before_it_began_claims_nothing(is_ready, m
     errand = make()
     ours, theirs = multiprocessing.Pipe()
     ours.send(("stop", 0.0))
-    process_module.main(Options(names=("testapp.do_errand",)), theirs)
+    process_module.main(
+        Options(names=("testapp.do_errand",)),
+        theirs,
+        Board(1, ["testapp.do_errand"]),
+        Bell(["testapp.do_errand"]),
+    )
     assert calls == ["deaf to signals", *([] if is_ready else ["setup"]), "end"]
     assert ours.recv() == ("answer", 0)
     assert not ours.poll()
@@ -336,9 +456,9 @@ def test_task_whose_thread_comes_to_run_it_only_after_the_grace_time_is_given_ba
     run, interrupt = threads.Threads.run, threads.Threads.interrupt
     interrupted = threading.Event()
 
-    def run_late(self, running, guard):
+    def run_late(self, running, *given):
         assert interrupted.wait(30)
-        run(self, running, guard)
+        run(self, running, *given)
 
     def note(self):
         interrupt(self)
@@ -372,15 +492,16 @@ def test_what_can_not_be_interrupted_is_left_to_the_supervisor(start, monkeypatc
     monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
     # What pends for a thread that is blocked makes the tracer of coverage spin, with Python 3.11.
     monkeypatch.setattr("modelqueue.worker.threads.interrupt_thread", lambda *arguments: None)
-    go_on = threading.Event()
-    declare(Task, "status", name="tasks")(lambda task: go_on.wait(60))
+    has_begun, go_on = threading.Event(), threading.Event()
+    declare(Task, "status", name="tasks")(lambda task: has_begun.set() or go_on.wait(60))
     task = Task.objects.create(status=Status.waiting(5))
     process = start("tasks")
-    wait_until(lambda: stored(task).state == State.working)
+    assert has_begun.wait(60)
     process.stop(0.1)
-    [[left]] = process.wait_for("left")
-    assert (left.queue, left.row.pk, left.row.status) == ("tasks", task.pk, Status.waiting(5))
-    assert left.leases == {stored(task)}
+    [(claimed, note)] = process.held()
+    assert (claimed.queue, claimed.row.pk, claimed.row.status) == ("tasks", task.pk, Status.waiting(5))
+    assert note.leases == {stored(task)}
+    assert note.has_begun
     assert start.exits == [0]
     go_on.set()
 
@@ -391,22 +512,22 @@ def test_what_a_claim_has_set_is_put_back_with_the_status(is_interrupted, start,
     monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
     if not is_interrupted:
         monkeypatch.setattr("modelqueue.worker.threads.interrupt_thread", lambda *arguments: None)
-    may_go_on = threading.Event()
+    has_begun, may_go_on = threading.Event(), threading.Event()
 
     def hang(task):
+        has_begun.set()
         while not may_go_on.is_set():
             time.sleep(0.01)
 
     queue = declare(Task, "status", name="tasks", claim_values=lambda: {"data": "by alpha"})(hang)
     task = Task.objects.create(status=Status.waiting(5), data="old")
     process = start("tasks")
-    wait_until(lambda: stored(task).state == State.working)
+    assert has_begun.wait(60)
     assert row(task).data == "by alpha"
-    time.sleep(0.1)
     process.stop(0.1)
     if not is_interrupted:
-        [[left]] = process.wait_for("left")
-        assert verbs.release(queue.source(), left.row, left.leases)
+        [(claimed, note)] = process.held()
+        assert verbs.release(queue.source(), claimed.row, note.leases)
     may_go_on.set()
     assert (stored(task), row(task).data) == (Status.waiting(5), "old")
 
@@ -414,7 +535,7 @@ def test_what_a_claim_has_set_is_put_back_with_the_status(is_interrupted, start,
 def test_process_stops_in_order_when_its_supervisor_is_gone(start):
     errand = make("doze 0.5")
     process = start("testapp.do_errand")
-    wait_until(lambda: stored(errand).state == State.working)
+    wait_until(Ledger.objects.exists)  # its action has begun
     process.pipe.close()
     process.thread.join(30)
     assert not process.thread.is_alive()
@@ -444,18 +565,18 @@ def end_as_supervisor(process):
 
 
 def tell_to_stop(process):
-    process.pipe.send(("stop", 1.0))
+    process.pipe.send(("stop", 2.0))
 
 
 @pytest.mark.parametrize("end", [end_as_supervisor, tell_to_stop])
 def test_process_that_is_being_replaced_has_the_grace_time_from_when_it_is_told(end, start, declare):
     """It may take its time as long as nobody wants to stop; what runs then is not interrupted at once."""
     declare(Task, "status", name="tasks")(doze)
-    task = Task.objects.create(data="1.2")
-    process = start("tasks", max_seconds=0.1, grace=1.0)
+    task = Task.objects.create(data="2.4")
+    process = start("tasks", max_seconds=0.1, grace=2.0)
     wait_until(lambda: stored(task).state == State.working)
     process.wait_for("full")
-    time.sleep(0.5)
+    time.sleep(1.2)
     end(process)
     process.thread.join(30)
     assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
@@ -464,7 +585,7 @@ def test_process_that_is_being_replaced_has_the_grace_time_from_when_it_is_told(
 
 def test_last_moments_of_a_process_end_before_it_is_killed():
     moments = process_module._LAST_MOMENTS + process_module._LAST_RENEWALS
-    assert moments + process_module._TICK * 3 < supervisor_module._EXTRA - 0.5
+    assert moments + process_module._TICK * 3 < child._EXTRA - 0.5
 
 
 def test_process_all_of_which_hangs_says_in_time_what_it_leaves(start, monkeypatch, declare):
@@ -495,7 +616,7 @@ def test_process_all_of_which_hangs_says_in_time_what_it_leaves(start, monkeypat
 
     monkeypatch.setattr(process._process._threads, "interrupt", begin_to_hang)
     process.stop(0.1)
-    assert len(process.wait_for("left")[0]) == 3
+    assert len(process.held()) == 3
     assert len(waited) == 6
     assert sum(waited) <= 0.51
     go_on.set()
@@ -641,14 +762,21 @@ def test_while_the_database_is_away_one_outcome_asks_for_it(start, declare, monk
     def act(task):
         go_on.wait(30)
 
+    def away(engine, source, changes):
+        raise OperationalError("away")
+
     go_on = threading.Event()
     monkeypatch.setattr(Attempt, "settle", settle_later)
+    monkeypatch.setattr(Engine, "set_statuses", away)
     monkeypatch.setattr(type(engine_for("default")), "meets_everybody", lambda engine, error: True)
     declare(Task, "status", name="tasks")(act)
     Task.objects.bulk_create([Task() for _ in range(4)])
     process = start("tasks")
     wait_until(lambda: Task.objects.filter(status__state="working").count() == 4)
     go_on.set()
+    wait_until(lambda: len(asked) == 2)
+    # Between two questions the leases of all are renewed.
+    wait_until(lambda: sum(len(group.held) for group in leases.keeper_for("default")._groups.values()) == 4)
     wait_until(lambda: process.ended() == {"finish": 4})
     assert len(set(map(id, asked[:5]))) == 1
     assert len(asked) == 8
@@ -688,6 +816,70 @@ def test_outcome_is_not_given_up_because_the_database_was_away_for_long_before_i
     wait_until(lambda: process.ended() == {"finish": 1})
     assert refused
     assert stored(errand).state == State.finished
+
+
+REFUSED, AWAY, FULL = InternalError("read-only"), OperationalError("away"), OperationalError("full")
+
+
+class Settled:
+    """A completer whose time stands still, and one of its tasks for each list of errors."""
+
+    def __init__(self, monkeypatch, *errors):
+        self.now, self.ended = 0.0, []
+        monkeypatch.setattr(completer, "time", SimpleNamespace(monotonic=lambda: self.now))
+        register = SimpleNamespace(end=lambda ended: self.ended.extend(how for _, how in ended))
+        self.completer = completer.Completer(register)
+        self.tasks = [completer._Ended(self.running(list(each)), None) for each in errors]
+
+    def running(self, errors):
+        def settle(error):
+            if errors:
+                raise errors.pop(0)
+            return SimpleNamespace(ending="finish", error=None)
+
+        engine = SimpleNamespace(
+            meets_everybody=lambda error: error is AWAY,
+            is_full=lambda error: error is FULL,
+            give_way=lambda: None,
+        )
+        source = SimpleNamespace(using="default")
+        attempt = SimpleNamespace(source=source, engine=engine, settle=settle, resume_renewal=lambda: None)
+        return SimpleNamespace(attempt=attempt)
+
+    def settle(self, task):
+        """Take the next step with a task, long after the last one."""
+        self.now += completer._LONGEST_REFUSAL + 1
+        self.completer._settle(task)
+
+
+@pytest.mark.parametrize("other", [AWAY, RowLocked("held")], ids=["away", "locked"])
+def test_outcome_is_refused_for_as_long_as_it_is_refused_and_for_nothing_else(other, monkeypatch):
+    """The database was away meanwhile, or somebody had locked the row: it is tried as often as at first."""
+    one = Settled(monkeypatch, [REFUSED, other, REFUSED])
+    for _ in range(4):
+        one.settle(*one.tasks)
+    assert one.ended == ["finish"]
+
+
+def test_outcome_waits_for_room_however_long_the_disk_is_full(monkeypatch):
+    one = Settled(monkeypatch, 4 * [FULL])
+    for _ in range(5):
+        one.settle(*one.tasks)
+    assert one.ended == ["finish"]
+
+
+def test_process_tells_its_supervisor_that_a_disk_is_full(start):
+    process = start("testapp.do_errand")
+    note_full("default")
+    assert process.wait_for("no room") == (["default"],)
+
+
+def test_outcome_is_not_refused_while_it_waits_for_another_that_asks_for_the_database(monkeypatch):
+    one = Settled(monkeypatch, [AWAY], [REFUSED, REFUSED])
+    first, second = one.tasks
+    for task in (second, first, second, first, second, second):
+        one.settle(task)
+    assert one.ended == ["finish", "finish"]
 
 
 def test_attempt_is_not_charged_when_its_queue_can_not_choose_a_priority_as_the_database_is_away(
@@ -801,21 +993,6 @@ def test_claim_that_fails_by_a_fault_of_ours_stops_nothing(start, monkeypatch, c
     wait_until(lambda: stored(errand).state == State.finished)
 
 
-@pytest.mark.parametrize("error", [OperationalError("away"), RuntimeError("a fault")])
-def test_recovery_that_fails_stops_nothing(error, start, monkeypatch):
-    calls = []
-    recover = failing(1, verbs.recover, error)
-    monkeypatch.setattr(
-        verbs, "recover", lambda *arguments, **options: calls.append(1) or recover(*arguments, **options)
-    )
-    process = start("testapp.do_errand")
-    process.pipe.send(("recover", ["testapp.do_errand"]))
-    wait_until(lambda: calls)
-    errand = make()
-    process.pipe.send(("due", ["testapp.do_errand"]))
-    wait_until(lambda: stored(errand).state == State.finished)
-
-
 def test_lack_of_connections_is_told_with_what_to_set(start, declare, monkeypatch, caplog):
     def fail(task):
         raise OperationalError("too many")
@@ -825,6 +1002,7 @@ def test_lack_of_connections_is_told_with_what_to_set(start, declare, monkeypatc
     declare(Task, "status", name="tasks", retry=0)(fail)
     Task.objects.bulk_create([Task(), Task()])
     start("tasks")
+    wait_until(lambda: "has 300 connections of the 300 that it allows" in caplog.text)
     wait_until(lambda: Task.objects.filter(status__state="canceled").count() == 2)
     assert caplog.text.count("has 300 connections of the 300 that it allows") == 1
 
@@ -875,7 +1053,8 @@ def test_coroutine_that_is_canceled_by_itself_has_failed(start, declare):
     wait_until(lambda: stored(task).state == State.canceled)
 
 
-def test_coroutine_that_had_ended_when_it_was_canceled_has_ended_well():
+@pytest.mark.parametrize("is_late", [True, False])
+def test_coroutine_that_had_ended_when_it_was_canceled_has_ended_well(is_late):
     class Ended:
         def cancelled(self):
             return False
@@ -888,10 +1067,11 @@ def test_coroutine_that_had_ended_when_it_was_canceled_has_ended_well():
 
     put = []
     one = loop.Loop(SimpleNamespace(put=lambda running, error: put.append((running, error))))
-    one._tasks["running"] = Ended()
-    one._canceled.add("running")
-    one._end("running", Ended())
-    assert put == [("running", None)]
+    canceled = running.Running(None, None, 1)
+    one._tasks[canceled] = Ended()
+    one._canceled[canceled] = TimedOut() if is_late else None
+    one._end(canceled, Ended())
+    assert put == [(canceled, None)]
 
 
 def test_coroutine_that_is_canceled_before_it_has_begun_is_given_back(start, monkeypatch):
@@ -914,9 +1094,10 @@ def test_coroutine_that_fails_by_a_fault_of_ours_is_a_failed_attempt(start, monk
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(AsyncAttempt, "await_action", fail)
-    errand = make(status=NOT_TO_DO, review_status=Status.waiting(5, 3))
+    errand = make(status=NOT_TO_DO, review_status=Status.waiting(5, 2))
     start("testapp.review")
-    wait_until(lambda: stored(errand, "review_status").state == State.canceled)
+    wait_until(lambda: stored(errand, "review_status").attempts == 3)
+    assert stored(errand, "review_status").state == State.waiting
 
 
 def test_task_that_can_not_be_begun_is_given_back(start, monkeypatch, caplog):
@@ -947,8 +1128,10 @@ def test_task_that_can_be_neither_begun_nor_given_back_is_left_to_the_supervisor
     process = start("testapp.do_errand")
     wait_until(lambda: len(tries) >= 2)
     process.stop(0.1)
-    [[left]] = process.wait_for("left")
-    assert (left.row.pk, left.row.status, left.leases) == (errand.pk, Status.waiting(5), {stored(errand)})
+    [(claimed, note)] = process.held()
+    assert (claimed.row.pk, claimed.row.status) == (errand.pk, Status.waiting(5))
+    assert note.leases == {stored(errand)}
+    assert not note.has_begun
 
 
 def test_outcome_of_an_atomic_action_that_can_not_be_written_is_written_later(start, declare, monkeypatch):
@@ -961,6 +1144,68 @@ def test_outcome_of_an_atomic_action_that_can_not_be_written_is_written_later(st
     process = start("tasks")
     wait_until(lambda: process.ended() == {"fail": 1})
     assert (stored(task).state, stored(task).attempts) == (State.canceled, 1)
+
+
+def lose_answer_of_commit(monkeypatch, calls):
+    """Let the first commit after the action was called be done, but end with an error in its thread."""
+
+    def commit_and_lose(wrapper):
+        commit(wrapper)
+        if calls and not lost and threading.current_thread().name == "modelqueue-action":
+            lost.append(wrapper)
+            raise OperationalError("answer lost")
+
+    lost, commit = [], BaseDatabaseWrapper._commit
+    monkeypatch.setattr(BaseDatabaseWrapper, "_commit", commit_and_lose)
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+def test_atomic_action_whose_commit_was_answered_by_an_error_is_not_run_again(
+    writes, is_away, start, declare, monkeypatch
+):
+    """Also where the database is away when that is to be found out."""
+
+    def act(task):
+        calls.append(task.pk)
+        if writes:
+            Task.objects.filter(pk=task.pk).update(status=Status.finished(7))
+
+    calls = []
+    lose_answer_of_commit(monkeypatch, calls)
+    if is_away:
+        monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(2, AtomicAttempt.write_or_fail))
+    declare(Task, "status", name="tasks", atomic=True)(act)
+    task = Task.objects.create()
+    with heard("task_finished", "lease_lost") as events:
+        process = start("tasks")
+        wait_until(lambda: process.ended() == {"assign" if writes else "finish": 1})
+    assert calls == [task.pk]
+    assert [(name, facts["status"]) for name, facts in events] == [("task_finished", stored(task))]
+    assert stored(task).state == State.finished
+
+
+def test_lease_of_an_atomic_action_is_renewed_while_its_outcome_waits_for_the_completer(
+    start, declare, monkeypatch
+):
+    """Where another outcome asks for the database, that may take long."""
+
+    def fail(task):
+        raise ValueError("no")
+
+    waiting, put = [], completer.Completer.put
+    monkeypatch.setattr(leases, "_SHARE", 30)
+    monkeypatch.setattr(completer.Completer, "put", lambda *arguments: waiting.append(arguments))
+    monkeypatch.setattr(AtomicAttempt, "write_or_fail", failing(1, AtomicAttempt.write_or_fail))
+    declare(Task, "status", name="tasks", atomic=True, retry=0, lease=3 * SECOND)(fail)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: waiting)
+    before = stored(task)
+    wait_until(lambda: stored(task) > before)
+    put(*waiting[0])
+    wait_until(lambda: process.ended() == {"fail": 1})
+    assert stored(task).state == State.canceled
 
 
 def test_atomic_attempt_that_could_not_begin_as_the_database_was_away_is_not_charged(
@@ -1149,6 +1394,26 @@ def test_async_action_whose_lease_is_lost_before_it_begins_is_not_run(start, mon
     assert stored(other, "review_status").state == State.finished
 
 
+@pytest.mark.parametrize("atomic", [False, True])
+def test_action_whose_lease_is_lost_before_it_begins_is_not_run(atomic, start, declare, monkeypatch):
+    """Canceled while it waits, for the outcome of an earlier task for example."""
+
+    def run_too_late(self, running, *given):
+        assert made.cancel() == 1
+        assert not running.attempt.renewal.renew()
+        run(self, running, *given)
+
+    run = threads.Threads.run
+    monkeypatch.setattr(threads.Threads, "run", run_too_late)
+    made = declare(Task, "status", name="tasks", atomic=atomic)(unexpected)
+    task = Task.objects.create()
+    with heard("lease_lost") as events:
+        process = start("tasks")
+        wait_until(lambda: process.ended() == {"release": 1})
+    assert [facts["outcome"] for _, facts in events] == ["release"]
+    assert stored(task).state == State.canceled
+
+
 def test_lease_that_is_lost_between_an_async_action_and_its_outcome_ends_nothing(start, monkeypatch):
     def settle_too_late(attempt, error):
         if attempt.claim.row.pk == canceled.pk:
@@ -1198,3 +1463,555 @@ def test_threads_close_their_connections_when_idle(start, monkeypatch):
 
     monkeypatch.setattr(kind, "close_if_unusable_or_obsolete", note)
     assert closed.wait(10)
+
+
+# Time limits
+
+
+def hang(task):
+    """As code that can be interrupted, by nothing that is caught as an Exception."""
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception as error:
+            task.data = str(error)
+
+
+async def hang_async(task):
+    await asyncio.sleep(60)
+
+
+def hang_in_transaction(task):
+    Ledger.objects.create(task=task.pk)
+    hang(task)
+
+
+@pytest.mark.parametrize("action", [hang, hang_async, hang_in_transaction])
+def test_action_that_takes_too_long_has_failed(action, start, declare):
+    options = {"atomic": action is hang_in_transaction, "error_field": "error", "retry": 0}
+    declare(Job, "status", name="jobs", timeout=0.3 * SECOND, **options)(action)
+    job = Job.objects.create()
+    with heard("task_finished") as events:
+        process = start("jobs")
+        wait_until(lambda: process.ended() == {"fail": 1})
+    assert (stored(job).state, stored(job).attempts) == (State.canceled, 1)
+    first, *others = row(job).error.splitlines()
+    told = "modelqueue.exceptions.TimedOut: the action took longer than its timeout of 0:00:00.300000"
+    assert first == told
+    assert any(action.__name__ in line for line in others)
+    assert [type(facts["error"]) for _, facts in events] == [TimedOut]
+    assert not Ledger.objects.exists()
+    assert [message for message, *_ in process.heard if message in ("overdue", "full")] == []
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_action_that_ends_in_time_is_not_ended_later(kind, start, declare, monkeypatch):
+    """Whether its outcome has to wait, or its thread runs the next one."""
+
+    async def doze_async(task):
+        await asyncio.sleep(float(task.data))
+
+    monkeypatch.setattr(limits, "_PATIENCE", 0.1)
+    monkeypatch.setattr(completer, "_FIRST_PAUSE", 4.0)
+    cls = Attempt if kind == "sync" else AsyncAttempt
+    monkeypatch.setattr(cls, "settle", failing(1, cls.settle))
+    declare(Task, "status", name="tasks", timeout=4 * SECOND)(doze if kind == "sync" else doze_async)
+    Task.objects.bulk_create([Task(data="2.2"), Task(data="2.2")])
+    process = start("tasks", threads=1)
+    wait_until(lambda: process.ended() == {"finish": 2})
+    assert [message for message, *_ in process.heard if message == "overdue"] == []
+
+
+def test_thread_whose_action_was_interrupted_gets_a_new_connection(start, declare):
+    """Nobody knows what the old one was in the midst of."""
+
+    def act(task):
+        Ledger.objects.exists()
+        used.append(connections["default"].connection)
+        if len(used) == 1:
+            hang(task)
+
+    used = []
+    declare(Task, "status", name="tasks", timeout=0.2 * SECOND)(act)
+    Task.objects.bulk_create([Task(), Task()])
+    process = start("tasks", threads=1)
+    wait_until(lambda: process.ended() == {"fail": 1, "finish": 2})
+    assert used[1] is not used[0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "interrupted",
+        "failed after that",
+        pytest.param("failed", marks=pytest.mark.vendor("sqlite")),
+        pytest.param("failed in a transaction", marks=pytest.mark.vendor("sqlite")),
+    ],
+)
+def test_action_that_has_failed_in_the_midst_of_a_query_locks_nothing(kind, start, declare):
+    """Its error is kept until its outcome is written, for which it would wait on SQLite."""
+
+    def read_on(task):
+        rows = Task.objects.iterator(chunk_size=1)
+        next(rows)
+        try:
+            if kind in ("interrupted", "failed after that"):
+                hang(task)
+            raise ValueError(kind)
+        except TimedOut as error:
+            if kind == "interrupted":
+                raise
+            raise ValueError(kind) from error
+
+    options = {"timeout": 0.2 * SECOND, "retry": 0, "atomic": kind == "failed in a transaction"}
+    declare(Task, "status", name="tasks", **options)(read_on)
+    others = Task.objects.bulk_create([Task(status=Status.created(1)) for _ in range(50)])
+    Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"fail": 1}, 20)
+    assert Task.objects.filter(pk=others[0].pk).update(data="written") == 1  # its thread has nothing to run
+
+
+def test_time_limit_counts_from_the_begin_of_the_action(start, declare, monkeypatch):
+    """Not from the claim."""
+    run, begun, deadlines = threads.Threads.run, [], []
+
+    def run_late(self, running, *given):
+        time.sleep(0.5)
+        begun.append(modelqueue.now())
+        run(self, running, *given)
+
+    def act(task):
+        deadlines.append(modelqueue.current().deadline)
+
+    monkeypatch.setattr(threads.Threads, "run", run_late)
+    declare(Task, "status", name="tasks", timeout=60 * SECOND)(act)
+    Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert deadlines[0] - begun[0] > 59.9 * SECOND
+
+
+def test_timeout_may_be_the_last_attempt(start, declare):
+    declare(Task, "status", name="tasks", timeout=0.2 * SECOND, cancel_on=TimedOut)(hang)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"fail": 1})
+    assert (stored(task).state, stored(task).attempts) == (State.canceled, 1)
+
+
+@pytest.mark.parametrize("ending", ["finish", "fail"])
+@pytest.mark.parametrize("name", ["stop", "time limit"])
+def test_action_that_ends_just_when_it_is_to_be_interrupted_has_ended_normally(
+    name, ending, start, declare, monkeypatch
+):
+    def interrupt_late(ident, error):
+        may_end.set()
+        time.sleep(0.2)
+        interrupt_thread(ident, error)
+
+    def act(task):
+        has_begun.set()
+        may_end.wait(60)
+        if ending == "fail":
+            raise ValueError("its own")
+
+    has_begun, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr(threads, "interrupt_thread", interrupt_late)
+    timeout = 0.2 * SECOND if name == "time limit" else 60 * SECOND
+    declare(Job, "status", name="jobs", retry=0, error_field="error", timeout=timeout)(act)
+    job = Job.objects.create()
+    process = start("jobs")
+    assert has_begun.wait(30)
+    if name == "stop":
+        process.stop(0.1)
+    wait_until(lambda: process.ended() == {ending: 1})
+    first = row(job).error.partition("\n")[0]
+    assert first == ("builtins.ValueError: its own" if ending == "fail" else "")
+
+
+def test_action_that_is_interrupted_before_it_is_called_is_not_taken_for_ended(start, declare, monkeypatch):
+    def begin_late(self):
+        begun.append(self)
+        for _ in range(100):
+            time.sleep(0.01)
+
+    begun = []
+    monkeypatch.setattr(running.Running, "action_begins", begin_late)
+    declare(Task, "status", name="tasks")(unexpected)
+    task = Task.objects.create(status=Status.waiting(5))
+    process = start("tasks")
+    wait_until(lambda: begun)
+    process.stop(0.0)
+    assert process.ended() == {"release": 1}
+    assert stored(task) == Status.waiting(5)
+
+
+def test_thread_that_is_interrupted_just_before_it_calls_an_action_has_not_called_it():
+    """What is raised there comes from no other function, as after the end of the action."""
+    begins = asyncio.Future(loop=SimpleNamespace(get_debug=lambda: False))
+    begins.set_exception(Interrupted())
+    lane = SimpleNamespace(queue=SimpleNamespace(action=unexpected))
+    one = SimpleNamespace(lane=lane, action_begins=begins.result, action_has_ended=list)
+    with pytest.raises(Interrupted):
+        threads._Call(one).run(None)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_action_that_ends_well_after_its_interruption_has_ended_well(kind, start, declare):
+    def act(task):
+        with suppress(TimedOut):
+            hang(task)
+
+    async def act_async(task):
+        with suppress(asyncio.CancelledError):
+            await hang_async(task)
+
+    # Longer than it takes to come to where it is caught.
+    declare(Task, "status", name="tasks", timeout=SECOND)(act if kind == "sync" else act_async)
+    task = Task.objects.create()
+    process = start("tasks")
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert stored(task).state == State.finished
+
+
+class Deaf:
+    """Actions that do not end when they are interrupted, until they may."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(limits, "_PATIENCE", 0.3)
+        # What pends for a thread that is blocked makes the tracer of coverage spin, with Python 3.11.
+        monkeypatch.setattr(threads, "interrupt_thread", lambda *arguments: None)
+        self.may_end = threading.Event()
+
+    def act(self, task):
+        self.may_end.wait(60)
+
+    async def act_async(self, task):
+        while not self.may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def block(self, task):
+        self.may_end.wait(60)
+
+
+@pytest.fixture
+def deaf(monkeypatch):
+    actions = Deaf(monkeypatch)
+    yield actions
+    actions.may_end.set()
+
+
+@pytest.mark.parametrize("name", ["act", "act_async", "block"])
+def test_process_whose_action_can_not_be_ended_is_to_be_replaced(
+    name, start, declare, deaf, monkeypatch, caplog
+):
+    """Its supervisor learns which one it is, and its lease is renewed until the end."""
+    monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
+    monkeypatch.setattr(leases, "_SHARE", 30)
+    declare(Task, "status", name="deaf", timeout=0.2 * SECOND, lease=3 * SECOND)(getattr(deaf, name))
+    declare(Job, "status", name="jobs")(doze_for_a_second)
+    task, neighbor = Task.objects.create(), Job.objects.create()
+    process = start("deaf", "jobs")
+    (numbers,) = process.wait_for("overdue")
+    found = {claimed.queue: claimed.number for claimed, _ in process.held()}
+    assert numbers == [found["deaf"]]
+    assert f"deaf {task.pk}: its action took longer than its timeout of 0:00:00.200000" in caplog.text
+    later, before = Job.objects.create(), stored(task)
+    process.pipe.send(("due", ["jobs"]))
+    wait_until(lambda: stored(neighbor).state == State.finished)
+    wait_until(lambda: stored(task) > before)
+    assert stored(later).state == State.waiting
+    process.stop(0.1)
+    assert [claimed.number for claimed, _ in process.held()] == numbers
+    assert start.exits == [0]
+    assert [message for message, *_ in process.heard].count("overdue") == 1
+
+
+def doze_for_a_second(job):
+    time.sleep(1)
+
+
+def test_process_that_is_being_replaced_tells_of_an_action_that_can_not_be_ended(
+    start, declare, deaf, monkeypatch
+):
+    """Else it would be there for ever."""
+    monkeypatch.setattr(process_module, "_LAST_MOMENTS", 0.2)
+    declare(Task, "status", name="deaf", timeout=0.5 * SECOND)(deaf.act)
+    Task.objects.create()
+    process = start("deaf", max_seconds=0.1)
+    process.wait_for("full")
+    process.wait_for("overdue")
+    process.stop(0.1)
+    assert start.exits == [0]
+
+
+def test_action_that_ends_by_itself_after_all_has_ended_so(start, declare, deaf):
+    """And so does its process, as nothing is left to be killed."""
+    declare(Task, "status", name="deaf", timeout=0.2 * SECOND)(deaf.act)
+    task = Task.objects.create()
+    process = start("deaf")
+    process.wait_for("overdue")
+    deaf.may_end.set()
+    process.thread.join(30)
+    assert not process.thread.is_alive()
+    assert process.ended() == {"finish": 1}
+    assert (stored(task).state, process.held(), start.exits) == (State.finished, [], [])
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_action_that_another_one_keeps_from_ending_is_not_blamed(is_child, start, declare, deaf):
+    """That one does not let the event loop go on, itself or in a task that it has made; it has the time."""
+
+    async def block(task):
+        await (asyncio.create_task(deaf.block(task)) if is_child else deaf.block(task))
+
+    declare(Task, "status", name="tasks", timeout=0.5 * SECOND)(hang_async)
+    declare(Job, "status", name="blocking")(block)
+    task = Task.objects.create()
+    process = start("tasks", "blocking")
+    wait_until(lambda: stored(task).state == State.working)
+    Job.objects.create()
+    process.pipe.send(("due", ["blocking"]))
+    time.sleep(1.5)
+    process.pipe.send(("due", []))
+    process.wait_for("answer")
+    assert [message for message, *_ in process.heard if message == "overdue"] == []
+    deaf.may_end.set()
+    wait_until(lambda: process.ended() == {"fail": 1, "finish": 1})
+
+
+def test_time_limit_holds_for_the_last_tasks_of_a_process_too(start, declare):
+    declare(Task, "status", name="tasks", timeout=0.8 * SECOND)(hang)
+    Task.objects.create()
+    process = start("tasks", max_seconds=0.1)
+    process.wait_for("full")
+    process.thread.join(30)
+    assert process.ended() == {"fail": 1}
+
+
+# Cancel while running
+
+
+def test_action_that_is_canceled_learns_of_it(start, declare, monkeypatch):
+    def act(task):
+        has_begun.set()
+        wait_until(lambda: modelqueue.current().cancel_requested)
+        told.append(task.pk)
+
+    monkeypatch.setattr(leases, "_SHARE", 30)
+    told, has_begun = [], threading.Event()
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND)(act)
+    task = Task.objects.create()
+    process = start("tasks")
+    assert has_begun.wait(60)  # before that it is not begun any more
+    assert made.cancel() == 1
+    canceled = stored(task)
+    wait_until(lambda: process.ended() == {"finish": 1})
+    assert (told, stored(task)) == ([task.pk], canceled)
+
+
+# Claimed ahead
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Queues that claim 20 tasks more than they have threads for."""
+    monkeypatch.setattr(slots.Lane, "note_claim", lambda self, seconds: None)
+    monkeypatch.setattr(threads, "_LONGEST_WAIT", 60.0)  # nothing is given back because the machine is slow
+    make_lane = slots.Lane.__init__
+
+    def make(self, *arguments):
+        make_lane(self, *arguments)
+        self.ahead = 20
+
+    monkeypatch.setattr(slots.Lane, "__init__", make)
+
+
+def test_short_tasks_that_were_claimed_together_are_run_and_their_outcomes_written_together(
+    start, ahead, declare, monkeypatch
+):
+    sizes, write = [], Engine.set_statuses
+
+    def see(self, source, changes):
+        sizes.append(len(changes))
+        return write(self, source, changes)
+
+    monkeypatch.setattr(Engine, "set_statuses", see)
+    declare(Task, "status", name="tasks")(write_down)
+    tasks = Task.objects.bulk_create([Task() for _ in range(200)])
+    with heard("task_claimed", "task_finished", "lease_lost") as events:
+        process = start("tasks", threads=1)
+        wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended() == {"finish": 200})
+    assert Counter(name for name, _ in events) == {"task_claimed": 200, "task_finished": 200}
+    assert set(Task.objects.values_list("status__state", "status__attempts")) == {(State.finished, 1)}
+    assert sorted(Ledger.objects.values_list("task", flat=True)) == [task.pk for task in tasks]
+    assert max(sizes) > 1
+
+
+def test_what_was_claimed_ahead_and_waits_for_long_is_given_back(start, ahead, declare, monkeypatch):
+    monkeypatch.setattr(threads, "_LONGEST_WAIT", 0.2)
+    go_on = threading.Event()
+    declare(Task, "status", name="tasks")(lambda task: go_on.wait(30))
+    Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(10)])
+    before = list(Task.objects.order_by("pk").values_list("status", flat=True))
+    process = start("tasks", threads=2)
+    wait_until(lambda: process.ended() == {"release": 8})
+    after = list(Task.objects.order_by("pk").values_list("status", flat=True))
+    assert [one.state for one in after[:2]] == [State.working] * 2
+    assert after[2:] == before[2:]
+    go_on.set()
+    wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended().get("finish") == 10)
+
+
+def test_what_is_called_after_the_others_is_called_before_later_outcomes_are_written(monkeypatch):
+    done = []
+    one = completer.Completer(None)
+    monkeypatch.setattr(one, "_settle_together", lambda ended: done.append([each.running for each in ended]))
+    for number in (1, 2):
+        one.put(number, None)
+    one.call_after_the_others(lambda: done.append("called"))
+    for number in (3, 4):
+        one.put(number, None)
+    one.start()
+    one.stop(10.0)
+    assert done == [[1, 2], "called", [3, 4]]
+
+
+def test_no_more_outcomes_are_written_together_than_one_statement_takes(monkeypatch):
+    monkeypatch.setattr(completer, "_MOST_TOGETHER", 3)
+    done = []
+    one = completer.Completer(None)
+    monkeypatch.setattr(one, "_settle_together", lambda ended: done.append(len(ended)))
+    for number in range(7):
+        one.put(number, None)
+    one.start()
+    one.stop(10.0)
+    assert done == [3, 3, 1]
+
+
+@pytest.mark.parametrize("error", [OperationalError("no"), RuntimeError("a fault of ours")], ids=repr)
+def test_outcomes_that_can_not_be_written_together_are_written_one_by_one(
+    error, start, ahead, declare, monkeypatch
+):
+    def fail(engine, source, changes):
+        tried.append(len(changes))
+        raise error
+
+    tried = []
+    monkeypatch.setattr(Engine, "set_statuses", fail)
+    declare(Task, "status", name="tasks")(succeed)
+    Task.objects.bulk_create([Task() for _ in range(100)])
+    process = start("tasks", threads=1)
+    wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended() == {"finish": 100})
+    assert tried
+
+
+def test_task_whose_row_does_not_load_has_failed_together_with_others(start, ahead, declare, monkeypatch):
+    written, write = [], Engine.set_statuses
+    monkeypatch.setattr(
+        Engine, "set_statuses", lambda *arguments: written.append(write(*arguments)) or written[-1]
+    )
+    monkeypatch.setattr(Task, "from_db", classmethod(fail_to_load))
+    declare(Task, "status", name="tasks", retry=1, delay=60 * SECOND)(unexpected)
+    Task.objects.bulk_create([Task() for _ in range(20)])
+    process = start("tasks", threads=20)
+    wait_until(lambda: process.ended() == {"fail": 20})
+    assert set(Task.objects.values_list("status__state", "status__attempts")) == {(State.waiting, 1)}
+    assert any(written)
+
+
+def fail_to_load(*arguments):
+    raise ValueError("not to be loaded")
+
+
+def test_signal_receiver_that_ends_the_thread_leaves_the_outcome_and_the_completer(
+    start, ahead, declare, monkeypatch
+):
+    """A receiver of a signal, which may raise what is no Exception."""
+    conclude, left = Attempt.conclude_prepared, [SystemExit("no")]
+
+    def leave(attempt, *arguments):
+        conclude(attempt, *arguments)
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(Attempt, "conclude_prepared", leave)
+    declare(Task, "status", name="tasks")(succeed)
+    Task.objects.bulk_create([Task() for _ in range(100)])
+    process = start("tasks", threads=1)
+    wait_until(lambda: process.pipe.send(("due", ["tasks"])) or sum(process.ended().values()) == 100)
+    assert process.ended() == {"finish": 99, "lost": 1}
+    assert set(Task.objects.values_list("status__state", flat=True)) == {State.finished}
+
+
+def test_process_that_ends_its_last_tasks_gives_back_what_waits_for_a_thread(
+    start, ahead, declare, monkeypatch
+):
+    monkeypatch.setattr(threads, "_LONGEST_WAIT", 0.3)
+    go_on = threading.Event()
+    declare(Task, "status", name="tasks")(lambda task: go_on.wait(30))
+    Task.objects.bulk_create([Task() for _ in range(10)])
+    process = start("tasks", threads=2, max_tasks=10)
+    process.wait_for("full")
+    wait_until(lambda: process.ended() == {"release": 8})
+    go_on.set()
+
+
+@pytest.fixture
+def ended(declare):
+    """A completer, and what claims tasks and returns them as if their actions had ended."""
+
+    def ended():
+        claims = verbs.claim(queue.source(), 3)
+        found = [Running(lane, queue.attempt(claim, queue.source()), 1) for claim in claims]
+        return [completer._Ended(one, None) for one in found]
+
+    queue = declare(Task, "status", name="tasks")(succeed)
+    lane = slots.Lane(queue, 1)
+    one = completer.Completer(SimpleNamespace(end=lambda ended: None))
+    return one, ended
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_attempts_on_one_row_that_end_together_one_has_lost_it(ended, first):
+    task = Task.objects.create(status=Status.waiting(0))
+    one, make_ended = ended
+    both = make_ended()
+    wait_until(lambda: Status.working(now()) > stored(task))
+    Task.objects.update(status=Status.waiting(0))
+    both += make_ended()
+    both[0].error = ValueError("no")
+    with heard("task_finished", "lease_lost") as events:
+        one._settle_together([both[first], both[1 - first]])
+    assert Counter(name for name, _ in events) == {"task_finished": 1, "lease_lost": 1}
+    assert stored(task).state == State.finished
+
+
+@pytest.mark.parametrize(("is_prepared", "others"), [(True, 2), (False, 3)])
+def test_leases_are_renewed_while_outcomes_wait_for_others(is_prepared, others, start, ended, monkeypatch):
+    def settle(attempt, error):
+        held.append(len(attempt.renewal._group.held))
+        return SimpleNamespace(ending="finish", error=None)
+
+    one, make_ended = ended
+    Task.objects.bulk_create([Task(), Task(), Task()])
+    all_ended, held = make_ended(), []
+    for attempt in [each.running.attempt for each in all_ended]:
+        attempt.renewal = leases.keeper_for("default").hold(attempt, 30.0)
+        attempt.may_be_of_status_alone = lambda error: is_prepared
+    monkeypatch.setattr(Attempt, "settle", settle)
+    monkeypatch.setattr(Engine, "set_statuses", lambda *arguments: set())
+    one._settle_together(all_ended)
+    assert held == [others] * 3
+
+
+def test_outcomes_that_are_written_together_use_the_connection_of_who_writes_them(ended):
+    one, make_ended = ended
+    Task.objects.bulk_create([Task(), Task(), Task()])
+    all_ended = make_ended()
+    for each in all_ended:
+        each.running.attempt.engine = None  # that of the thread of its action
+    one._settle_together(all_ended)
+    assert {each.running.attempt.engine.connection for each in all_ended} == {connections["default"]}

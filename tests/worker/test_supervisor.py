@@ -1,8 +1,11 @@
 """The supervisor with processes that the test plays: what it does when they die, hang or say something."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +17,19 @@ from types import SimpleNamespace
 import pytest
 from django.db import OperationalError, connections, transaction
 
-from modelqueue import Status, now, verbs
+from modelqueue import State, Status, now, verbs
 from modelqueue.engines import Candidate
+from modelqueue.worker import child as child_module
+from modelqueue.worker import give_back, team
 from modelqueue.worker import supervisor as module
+from modelqueue.worker.bell import Bell
+from modelqueue.worker.board import Board
+from modelqueue.worker.child import Child
 from modelqueue.worker.options import Options
-from modelqueue.worker.running import Left
-from modelqueue.worker.supervisor import Child, Supervisor
+from modelqueue.worker.running import Claimed
+from modelqueue.worker.supervisor import Supervisor
 from modelqueue.worker.system import is_alive
-from tests.actions import stored
+from tests.actions import MILLISECOND, row, stored
 from tests.processes import wait_until
 from tests.testapp.models import Errand
 from tests.testapp.queues import do_errand, review
@@ -34,7 +42,10 @@ class Played(Child):
 
     started = []
 
-    def __init__(self, options):
+    def __init__(self, options, places):
+        self.options, self.places = options, places
+        self.board, self._bell = Board(places or 10, options.names), Bell(["a hint"])
+        self.numbers = itertools.count(1)
         self.pipe, self.theirs = multiprocessing.Pipe()
         self._lives, self._death = multiprocessing.Pipe(duplex=False)
         self.process = SimpleNamespace(
@@ -45,11 +56,26 @@ class Played(Child):
         self.is_ready = self.is_stopping = self.has_run_tasks = self.was_short = False
         self.answered_at = self.began
         self.reason = self.kill_at = self._grace = None
-        self.left = []
-        self.running = self._unanswered = self._awaited = 0
+        self.claimed = {}
+        self.overdue = set()
+        self.was_killed = False
+        self.has_told_all = True
+        self.running = self._hints = self._unanswered = self._awaited = self.silences = 0
+        self.hints = 0
+        self._speaking = threading.Lock()
         self.answers = True
         self.heard = []
         self.started.append(self)
+
+    def claim(self, *errands, begin=True):
+        """Note that these tasks, which are working, were claimed, and begin with them."""
+        places = []
+        for errand in errands:
+            row = Candidate(errand.pk, errand.pk, Status.waiting(5))
+            places.append(self.board.take(next(self.numbers), errand.status, "testapp.do_errand", row))
+            if begin:
+                self.board.begin(places[-1])
+        return places
 
     def say(self, *message):
         self.theirs.send(message)
@@ -60,6 +86,9 @@ class Played(Child):
             self.heard.append(self.theirs.recv())
             if self.answers:
                 self.say("answer", 0)
+
+    def hears_the_bell(self):
+        return self._bell.heard() == ["a hint"]
 
     def listen_to_the_end(self):
         with suppress(EOFError):
@@ -76,9 +105,9 @@ class Played(Child):
 def play(monkeypatch):
     """Start a supervisor in a thread; return a namespace with it, and with what it says and its processes."""
     monkeypatch.setattr(Played, "started", [])
-    monkeypatch.setattr(module, "Child", Played)
+    monkeypatch.setattr(team, "Child", Played)
     monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(module, "_EXTRA", 0.2)
+    monkeypatch.setattr(child_module, "_EXTRA", 0.2)
     started = []
 
     def play(told=None, **options):
@@ -114,8 +143,7 @@ def test_process_that_died_is_replaced_and_that_is_told(play):
     game = play()
     game.children[0].die(-11)
     wait_until(lambda: len(game.children) == 2)
-    assert game.said[0].startswith("The next process starts in 0.0 s. What ")
-    assert "is taken back when its leases have run out, in " in game.said[0]
+    assert re.match(r"No process starts within 0.0 s. What \d+ had in hand is given back.$", game.said[0])
 
 
 def test_process_that_dies_again_and_again_is_replaced_ever_more_slowly(play, monkeypatch, caplog):
@@ -123,7 +151,7 @@ def test_process_that_dies_again_and_again_is_replaced_ever_more_slowly(play, mo
     for count in range(2, 5):
         game.children[-1].die(1)
         wait_until(lambda count=count: len(game.children) == count)
-    assert [text[:35] for text in game.said] == ["The next process starts in 0.0 s. W"] * 3
+    assert [text[:35] for text in game.said] == ["No process starts within 0.0 s. Wha"] * 3
     monkeypatch.setattr(module, "_SOUND", 0.0)
     game.children[-1].die(3)
     wait_until(lambda: game.supervisor._deaths == 1)
@@ -143,9 +171,49 @@ def test_process_that_is_full_is_replaced_at_once(play):
     assert game.supervisor._deaths == 0
 
 
+def test_hint_goes_to_one_process_at_once_in_turns(play):
+    game = play(processes=2, poll=600.0)
+    for child in game.children:
+        child.say("ready")
+    wait_until(lambda: all(child.is_ready for child in game.children))
+    count = 0
+    while not all(hints(game)):  # looks take turns, too
+        count += 1
+        game.supervisor._prober._hinted(["a hint"])
+        assert sum(hints(game)) == count
+    assert count < 50
+
+
+def test_hint_goes_to_a_process_that_has_the_least_to_do(monkeypatch):
+    """One whose slots are all taken could claim nothing, nor could one that hangs."""
+    monkeypatch.setattr(team, "Child", Played)
+    one = team.Team(Options(names=()), [])
+    for running, unanswered in ((2, 0), (0, 0), (0, 3), (0, 0)):
+        one.start_one()
+        one.children[-1].is_ready, one.children[-1].answers = True, False
+        one.children[-1].running, one.children[-1]._unanswered = running, unanswered
+    for _ in range(2):
+        one.hint(["a hint"])
+    assert [child.hears_the_bell() for child in one.children] == [False, True, False, True]
+    assert [child.burden for child in one.children] == [2, 1, 3, 1]
+    one.children[1].answered(0)
+    one.hint(["a hint"])
+    assert [child.hears_the_bell() for child in one.children] == [False, True, False, False]
+    for child in one.children:
+        child.close()  # it is dead
+    one.hint(["a hint"])
+
+
+def hints(game):
+    for child in game.children:
+        child.hints += child.hears_the_bell()
+    return [child.hints for child in game.children]
+
+
 def test_full_processes_that_do_not_end_are_not_replaced_without_end(play):
     game = play()
     for count in (1, 2):
+        wait_until(lambda count=count: len(game.children) == count)
         game.children[-1].say("full", "has run for 5 s")
         wait_until(lambda count=count: game.children[count - 1].reason)
     time.sleep(1)
@@ -186,7 +254,7 @@ def test_full_process_that_dies_is_no_ordinary_replacement(play, caplog):
     wait_until(lambda: full.reason)
     full.die(1)
     wait_until(lambda: game.said)
-    assert f"What {full.pid} was running is taken back when its leases have run out" in game.said[0]
+    assert f"What {full.pid} had in hand is given back." in game.said[0]
     assert f"Process {full.pid} of the worker exited with code 1." in caplog.text
 
 
@@ -259,18 +327,77 @@ def test_due_tasks_are_told_to_one_process_and_then_to_all(play):
     wait_until(lambda: all(told()))
 
 
-def test_abandoned_tasks_are_told_to_one_process(play):
+def test_abandoned_tasks_are_recovered_by_the_supervisor_itself(play):
+    """Whatever becomes of its processes meanwhile."""
+    game = play()
+    errand = Errand.objects.create(status=Status.working(5))
+    wait_until(lambda: stored(errand).state == State.waiting)
+    assert stored(errand).attempts == 1
+    assert not game.children[0].is_ready
+
+
+def last_attempt():
+    return Errand.objects.create(status=Status.waiting(5, do_errand.policy.retry))
+
+
+def test_last_attempts_have_a_process_of_their_own_when_there_are_some(play):
+    game = play()
+    ordinary = game.children[0]
+    ordinary.say("ready")
+    errand = last_attempt()
+    wait_until(lambda: len(game.children) == 2)
+    alone = game.children[1]
+    assert (alone.options.alone, alone.options.threads, alone.places) == (True, 1, 1)
+    alone.say("ready")
+    wait_until(lambda: alone.listen() or ("due", ["testapp.do_errand"]) in alone.heard)
+    ordinary.listen()
+    assert all(message == ("due", []) for message in ordinary.heard)
+    Errand.objects.filter(pk=errand.pk).delete()
+    wait_until(lambda: not game.supervisor._teams[1].due)
+    alone.say("full", "has no last attempts to run any more")
+    wait_until(lambda: alone.reason)
+    alone.die(0)
+    wait_until(lambda: f"Process {alone.pid} has no last attempts to run any more and ends." in game.said)
+    assert len(game.children) == 2
+
+
+def test_process_for_last_attempts_has_others_beside_it_only_while_it_is_busy(play):
     game = play(processes=2)
-    for child in game.children:
-        child.say("ready")
-    Errand.objects.create(status=Status.working(5))
+    last_attempt()
+    wait_until(lambda: len(game.children) == 3)
+    first = game.children[2]
+    first.say("ready")
+    looks = game.supervisor._looks
+    wait_until(lambda: game.supervisor._looks > looks + 3)
+    assert len(game.children) == 3
+    first.say("answer", 1)
+    wait_until(lambda: len(game.children) == 4)
+    for child in game.children[2:]:
+        child.say("answer", 1)
+    wait_until(lambda: game.children[3].running)
+    looks = game.supervisor._looks
+    wait_until(lambda: game.supervisor._looks > looks + 3)
+    assert len(game.children) == 4
 
-    def told():
-        for child in game.children:
-            child.listen()
-        return [message for child in game.children for message in child.heard if message[0] == "recover"]
 
-    assert wait_until(told)[0] == ("recover", ["testapp.do_errand"])
+def test_drain_waits_for_last_attempts(play):
+    game = play(drain=True)
+    game.children[0].say("ready")
+    errand = last_attempt()
+    wait_until(lambda: len(game.children) == 2)
+    alone = game.children[1]
+    alone.say("ready")
+    wait_until(lambda: alone.is_ready)
+    alone.answers = False
+    Errand.objects.filter(pk=errand.pk).delete()
+    alone.say("answer", 1)
+    wait_until(lambda: alone.running)
+    looks = game.supervisor._looks
+    wait_until(lambda: game.children[0].listen() or game.supervisor._looks > looks + 5)
+    assert not game.children[0].is_stopping
+    alone.say("answer", 0)
+    alone.answers = True
+    wait_until(lambda: listen(game) or game.children[0].is_stopping)
 
 
 def test_process_that_does_not_listen_is_told_no_more(play):
@@ -298,6 +425,26 @@ def test_process_that_hears_nothing_any_more_is_replaced_once_it_is_dead(play, c
     assert game.supervisor._children == [child]
     child.die(1)
     wait_until(lambda: len(game.children) == 2)
+
+
+def test_process_that_does_not_answer_for_longer_than_the_lease_is_killed_and_charged(play, monkeypatch):
+    """As one whose action, in C, lets no other thread go on. Who answers late is left alone."""
+    monkeypatch.setattr(module, "_ASK_INTERVAL", 0.05)
+    monkeypatch.setattr(module, "_LONGEST_HANG", 0.0)
+    monkeypatch.setattr(module, "_longest_lease", lambda queue: 1.0)
+    game = play(poll=0.1, processes=2)
+    hung, late = game.children
+    errand = working()
+    for child in (hung, late):
+        child.say("ready")
+    hung.claim(errand)
+    wait_until(lambda: late.silences >= 3)
+    wait_until(lambda: late.listen() or len(game.children) == 3)
+    assert (hung.process.exitcode, late.process.exitcode) == (-9, None)
+    wait_until(lambda: late.listen() or stored(errand).attempts == 1)
+    assert row(errand).error == (
+        f"modelqueue.exceptions.WorkerDied: its process {hung.pid} did not answer for 1 s and was killed"
+    )
 
 
 def test_process_that_outlives_its_kill_is_killed_again(play, monkeypatch):
@@ -345,33 +492,224 @@ def test_second_stop_leaves_no_grace(play):
     assert game.children[0].heard == [("stop", 60.0), ("stop", 0.0)]
 
 
-def left_by(child, errand):
-    row = Candidate(errand.pk, errand.pk, Status.waiting(5))
-    return Left("testapp.do_errand", row, {errand.status})
+def working(**values):
+    return Errand.objects.create(status=Status.working(), **values)
 
 
-def test_what_a_dead_process_has_left_is_given_back(play):
+def test_what_a_dead_process_had_in_hand_is_given_back_and_only_what_had_begun_is_charged(play, caplog):
     game = play()
-    errand = Errand.objects.create(status=Status.working())
-    game.children[0].say("left", [left_by(game.children[0], errand)])
-    wait_until(lambda: game.children[0].left)
-    assert stored(errand) == errand.status  # it lives
+    begun, claimed = working(), working()
+    child = game.children[0]
+    child.claim(begun)
+    child.claim(claimed, begin=False)
+    assert stored(begun) == begun.status  # it lives
+    child.die(-9)
+    wait_until(lambda: stored(begun).state == State.waiting)
+    wait_until(lambda: stored(claimed) == Status.waiting(5))
+    assert stored(begun).attempts == 1
+    assert row(begun).error.startswith(
+        f"modelqueue.exceptions.WorkerDied: its process {child.pid} was killed by SIGKILL"
+    )
+    assert f"recovered, as its process {child.pid} was killed by SIGKILL" in caplog.text
+    told = f"testapp.do_errand {claimed.pk} had not begun when its process died: given back"
+    wait_until(lambda: told in caplog.text)
+
+
+def test_process_that_ends_by_itself_has_died_whatever_its_exit_code(play):
+    """The action has called os._exit(0)."""
+    game = play()
+    errand = working()
+    game.children[0].claim(errand)
+    game.children[0].die(0)
+    wait_until(lambda: stored(errand).attempts == 1)
+
+
+def test_process_that_is_replaced_and_ended_by_its_last_action_has_died(play):
+    """The action has called os._exit(0), and would do so again and again."""
+    game = play()
+    child, errand = game.children[0], working()
+    child.claim(errand)
+    child.say("full", "has run 1 task")
+    wait_until(lambda: child.reason)
+    child.die(0)
+    wait_until(lambda: stored(errand).attempts == 1)
+
+
+def test_task_that_the_board_can_not_name_is_given_back_as_its_process_has_told(play):
+    """One of which nothing was told, or of what stood at its place before, comes back with its lease."""
+    game = play()
+    child = game.children[0]
+    told, untold = working(), working()
+    facts = "testapp.do_errand", Candidate(told.pk, told.pk, Status.waiting(5), {"title": "before"})
+    places = [child.board.take(number, one.status, *facts) for number, one in enumerate((told, untold), 1)]
+    child.say("claimed", [Claimed(place, 1, *facts) for place in places])
+    wait_until(lambda: len(child.claimed) == 2)
+    child.die(-9)
+    wait_until(lambda: stored(told) == Status.waiting(5))
+    assert row(told).title == "before"
+    assert stored(untold) == untold.status
+
+
+def test_what_can_not_be_read_of_a_process_ends_nothing(play):
+    """A primary key that can be pickled, but not made again: what it has claimed is left to its lease."""
+    game = play()
+    child = game.children[0]
+    child.theirs.send_bytes(pickle.dumps(Unreadable()))
+    child.say("ready")
+    wait_until(lambda: child.is_ready)
+    child.die(-9)
+    wait_until(lambda: len(game.said) == 2)
+    assert game.said[1].startswith("It was claiming just then.")
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("none",)
+
+
+def test_receiver_that_exits_keeps_no_other_task_from_being_given_back(play, monkeypatch):
+    game = play()
+    first, second = working(), working()
+    take_back = verbs.take_back
+
+    def fail_once(source, policy, row, *arguments):
+        if row.pk == first.pk:
+            raise SystemExit
+        return take_back(source, policy, row, *arguments)
+
+    monkeypatch.setattr(verbs, "take_back", fail_once)
+    game.children[0].claim(first, second)
+    game.children[0].die(-9)
+    wait_until(lambda: stored(second).state == State.waiting)
+    wait_until(lambda: game.supervisor._give_back.failed_at)
+
+
+def test_task_that_kills_its_process_is_canceled_when_it_is_out_of_attempts(play):
+    game = play()
+    errand = Errand.objects.create(status=Status.working(attempts=do_errand.policy.retry))
+    game.children[0].claim(errand)
+    game.children[0].die(-11)
+    wait_until(lambda: stored(errand).state == State.canceled)
+    assert stored(errand).attempts == do_errand.policy.retry + 1
+
+
+def test_what_a_process_that_was_told_to_stop_has_left_is_not_charged(play, caplog):
+    game = play()
+    errand = working()
+    game.children[0].claim(errand)
+    game.supervisor.stop()
+    wait_until(lambda: game.children[0].is_stopping)
     game.children[0].die(0)
     wait_until(lambda: stored(errand) == Status.waiting(5))
+    wait_until(lambda: f"testapp.do_errand {errand.pk} did not end in time: given back" in caplog.text)
+
+
+def test_what_a_process_had_that_was_killed_as_it_does_not_stop_is_not_charged(play):
+    game = play()
+    errand = working()
+    game.children[0].claim(errand)
+    game.supervisor.stop()
+    wait_until(lambda: game.children[0].process.exitcode == -9)
+    wait_until(lambda: stored(errand) == Status.waiting(5))
+
+
+def test_process_that_is_killed_by_its_action_while_it_stops_is_charged(play):
+    game = play(grace=60.0)
+    errand = working()
+    game.children[0].claim(errand)
+    game.supervisor.stop()
+    wait_until(lambda: game.children[0].is_stopping)
+    game.children[0].die(-11)
+    wait_until(lambda: stored(errand).attempts == 1)
+
+
+@pytest.mark.parametrize("code", [0, -9])
+def test_process_with_an_action_that_can_not_be_ended_is_replaced_and_that_one_alone_is_charged(code, play):
+    """Whether it ends by itself at the end of the grace time or has to be killed then."""
+    game = play(grace=2.0)
+    child = game.children[0]
+    overdue, ended, neighbor = working(), working(), working()
+    places = child.claim(overdue, ended, neighbor)
+    child.say("overdue", [child.board.read(place).number for place in places[:2]])
+    wait_until(lambda: len(game.children) == 2)  # beside it, at once
+    child.board.free(places[1])
+    wait_until(lambda: child.listen() or ("stop", 2.0) in child.heard)
+    assert stored(overdue) == overdue.status  # it lives
+    if code == 0:
+        child.die(0)
+    wait_until(lambda: stored(overdue).state == State.waiting)
+    wait_until(lambda: stored(neighbor) == Status.waiting(5))
+    assert child.process.exitcode == code
+    assert stored(overdue).attempts == 1
+    took = "the action took longer than its timeout of 1:00:00, until its process was killed"
+    assert row(overdue).error == f"modelqueue.exceptions.TimedOut: {took}"
+    assert row(neighbor).error == ""
+    assert stored(ended) == ended.status
+    told = f"Process {child.pid} has an action that goes on after its timeout and is replaced."
+    wait_until(lambda: told in game.said)
+    assert game.supervisor._deaths == 0
+
+
+def test_neighbor_of_an_action_that_can_not_be_ended_is_charged_if_the_process_dies_by_itself(play):
+    game = play(grace=60.0)
+    child = game.children[0]
+    overdue, neighbor = working(), working()
+    places = child.claim(overdue, neighbor)
+    child.say("overdue", [child.board.read(places[0]).number])
+    wait_until(lambda: child.overdue)
+    child.die(-11)
+    wait_until(lambda: stored(overdue).attempts == stored(neighbor).attempts == 1)
+    assert "WorkerDied" in row(neighbor).error
+    assert "TimedOut" in row(overdue).error
+
+
+def test_task_is_given_back_under_the_lease_that_was_renewed_last(play):
+    """Whether the answer to the renewal came or not."""
+    game = play()
+    child = game.children[0]
+    renewed, lost = working(), working()
+    new = Status.working(now() + MILLISECOND)
+    for errand, place in zip((renewed, lost), child.claim(renewed, lost), strict=True):
+        child.board.renew(place, errand.status, new)
+    Errand.objects.filter(pk=renewed.pk).update(status=new)
+    child.die(-9)
+    wait_until(lambda: stored(renewed).state == stored(lost).state == State.waiting)
 
 
 def test_what_somebody_has_taken_from_a_dead_process_is_not_given_back(play, caplog):
     game = play()
-    taken, ours = (Errand.objects.create(status=Status.working()) for _ in range(2))
+    taken, ours = working(), working()
     child = game.children[0]
-    child.say("left", [left_by(child, taken), left_by(child, ours)])
-    wait_until(lambda: child.left)
+    child.claim(taken, ours)
     Errand.objects.filter(pk=taken.pk).update(status=Status.canceled(7))
-    child.die(0)
-    wait_until(lambda: stored(ours) == Status.waiting(5))
+    child.die(-9)
+    wait_until(lambda: stored(ours).state == State.waiting)
     assert stored(taken) == Status.canceled(7)
-    wait_until(lambda: f"testapp.do_errand {ours.pk} did not end in time: given back" in caplog.text)
-    assert f"testapp.do_errand {taken.pk}" not in caplog.text
+    assert f"pk={taken.pk}" not in caplog.text
+
+
+def test_what_has_ended_is_not_given_back(play):
+    """Nor what stood at the same place before."""
+    game = play()
+    child = game.children[0]
+    ended, ours = working(), working()
+    (place,) = child.claim(ended)
+    child.board.free(place)
+    child.board._free.rotate(1)
+    assert child.claim(ours) == [place]
+    child.die(-9)
+    wait_until(lambda: stored(ours).state == State.waiting)
+    assert stored(ended) == ended.status
+
+
+def test_claim_of_which_a_dead_process_had_not_told_is_left_to_its_recovery(play):
+    game = play(drain=True)
+    claim = game.children[0].board.claim()
+    claim.__enter__()
+    game.children[0].die(-9)
+    wait_until(lambda: len(game.children) == 2)
+    assert game.said[1].startswith("It was claiming just then. What that has taken comes back when ")
+    assert game.supervisor._drained_from > time.monotonic() + 1
 
 
 @pytest.fixture
@@ -401,11 +739,10 @@ def lock():
 
 
 def leave(game, *errands):
-    """Have a process end that has left these."""
+    """Have a process die that had these in hand, and had not begun with them."""
     child = game.children[0]
-    child.say("left", [left_by(child, errand) for errand in errands])
-    wait_until(lambda: child.left)
-    child.die(0)
+    child.claim(*errands, begin=False)
+    child.die(-9)
 
 
 @pytest.mark.db_feature("has_select_for_update_skip_locked")
@@ -422,7 +759,7 @@ def test_row_that_is_locked_keeps_no_other_from_being_given_back(play, lock):
 
 @pytest.mark.db_feature("has_select_for_update_skip_locked")
 def test_row_that_is_locked_for_long_is_left_to_its_recovery(play, lock, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_LONGEST_GIVE_BACK", 0.1)
+    monkeypatch.setattr(give_back, "_LONGEST", 0.1)
     game = play()
     errand = Errand.objects.create(status=Status.working())
     lock(errand)
@@ -432,24 +769,28 @@ def test_row_that_is_locked_for_long_is_left_to_its_recovery(play, lock, monkeyp
     assert stored(errand) == errand.status
 
 
-def test_what_can_not_be_given_back_is_left_to_its_recovery(play, monkeypatch, caplog):
+@pytest.mark.parametrize("lack", ["database", "thread"])
+def test_what_can_not_be_given_back_is_left_to_its_recovery(lack, play, monkeypatch, caplog):
     def fail(*arguments, **options):
-        raise OperationalError("away")
+        raise OperationalError("away") if lack == "database" else RuntimeError("no more")
 
-    monkeypatch.setattr(verbs, "release", fail)
+    if lack == "database":
+        monkeypatch.setattr(verbs, "release", fail)
+    else:
+        no_threads = SimpleNamespace(Thread=lambda **options: SimpleNamespace(start=fail))
+        monkeypatch.setattr(give_back, "threading", no_threads)
     game = play()
-    errand = Errand.objects.create(status=Status.working())
-    game.children[0].say("left", [left_by(game.children[0], errand)])
-    wait_until(lambda: game.children[0].left)
-    game.children[0].die(0)
+    leave(game, working())
+    wait_until(lambda: "can not be given back" in caplog.text)
     wait_until(lambda: len(game.children) == 2)
-    assert "can not be given back" in caplog.text
+    assert not game.supervisor._give_back.is_busy
+    assert game.supervisor._give_back.failed_at
 
 
 def test_living_process_whose_fork_server_died_is_not_taken_for_dead(play, monkeypatch):
     """multiprocessing says that it has ended; what it runs must not be given back."""
     lives = [True]
-    monkeypatch.setattr(module, "is_alive", lambda pid: lives[0])
+    monkeypatch.setattr(child_module, "is_alive", lambda pid: lives[0])
     game = play()
     child = game.children[0]
     child.process.exitcode = 255
@@ -463,7 +804,7 @@ def test_living_process_whose_fork_server_died_is_not_taken_for_dead(play, monke
 
 def test_process_that_is_being_replaced_has_the_grace_time_when_its_fork_server_died(play, monkeypatch):
     lives = [True]
-    monkeypatch.setattr(module, "is_alive", lambda pid: lives[0])
+    monkeypatch.setattr(child_module, "is_alive", lambda pid: lives[0])
     game = play(grace=7.0)
     child = game.children[0]
     child.say("full", "has run for 5 s")
@@ -497,10 +838,10 @@ def test_process_that_can_not_be_started_is_tried_again(error, play, monkeypatch
     failures = [error]
     make = Played.__init__
 
-    def fail_once(self, options):
+    def fail_once(self, options, places):
         if failures:
             raise failures.pop()
-        make(self, options)
+        make(self, options, places)
 
     monkeypatch.setattr(Played, "__init__", fail_once)
     game = play()
@@ -521,7 +862,7 @@ def test_error_of_its_own_leaves_no_process_behind(ends_by_itself, code, play, m
     game = play()
     child = game.children[0]
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    monkeypatch.setattr(game.supervisor, "_write_health", lambda: 1 / 0)
+    monkeypatch.setattr(game.supervisor, "_is_well", lambda: 1 / 0)
     if ends_by_itself:
         wait_until(lambda: child.listen() or is_told_to_stop(child))
         child.die(0)
@@ -544,13 +885,13 @@ def test_error_of_its_own_while_it_ends_after_another_leaves_no_process_behind(p
 def test_what_processes_leave_after_an_error_of_its_own_is_given_back(play, monkeypatch):
     game = play()
     child = game.children[0]
-    errand = Errand.objects.create(status=Status.working())
+    errand = working()
+    child.claim(errand)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     monkeypatch.setattr(game.supervisor, "_ended", lambda counts: 1 / 0)
     child.say("ended", {"finish": 1})
     wait_until(lambda: child.listen() or ("stop", 0.0) in child.heard)
     child.say("ended", {"finish": 1})
-    child.say("left", [left_by(child, errand)])
     child.die(0)
     wait_until(lambda: not game.thread.is_alive())
     assert stored(errand) == Status.waiting(5)
@@ -562,7 +903,7 @@ def test_callable_of_a_queue_is_not_asked_when_a_process_dies(play, monkeypatch)
     monkeypatch.setattr(do_errand, "recovery", lambda: 1 / 0)
     game.children[0].die(1)
     wait_until(lambda: len(game.children) == 2)
-    assert "is taken back when its leases have run out, in " in game.said[0]
+    assert "had in hand is given back" in game.said[0]
 
 
 def test_lease_of_a_queue_whose_callable_fails_is_the_declared_one(monkeypatch):
@@ -589,9 +930,9 @@ def test_process_that_can_not_be_killed_ends_nothing(error, monkeypatch):
     def fail(pid, number):
         raise error
 
-    child = Played(None)
+    child = Played(Options(names=()), 1)
     child.process.exitcode = 255
-    monkeypatch.setattr(module, "is_alive", lambda pid: True)
+    monkeypatch.setattr(child_module, "is_alive", lambda pid: True)
     monkeypatch.setattr(os, "kill", fail)
     child.kill()
     assert not child.has_ended
@@ -630,6 +971,13 @@ def is_told_to_stop(child):
 def wait_for_looks(game, count):
     until = game.supervisor._looks + count
     wait_until(lambda: game.supervisor._looks >= until)
+
+
+def test_what_has_expired_is_held_back_when_a_process_says_that_the_disk_is_full(play):
+    Errand.objects.create(status=Status.working(5))
+    game = play()
+    game.children[0].say("no room", ["default"])
+    wait_until(lambda: game.supervisor._prober.holds_back == ["testapp.do_errand"])
 
 
 def test_drain_does_not_end_while_the_recovery_of_something_is_held_back(play):
@@ -674,6 +1022,12 @@ def test_drain_waits_for_the_answer_of_each_process(play):
     wait_until(lambda: game.codes == [0])
 
 
+@pytest.mark.parametrize("drain", [True, False])
+def test_prober_of_a_drain_is_certain_that_nothing_is_due(drain):
+    one = Supervisor(Options(names=("testapp.do_errand",), drain=drain), [do_errand])
+    assert one._prober._is_certain is drain
+
+
 def test_drain_that_has_left_out_a_queue_is_no_success(monkeypatch):
     one = Supervisor(Options(names=("testapp.do_errand",), drain=True), [do_errand], said := [].append)
     monkeypatch.setattr(one._prober, "_left_out", {"testapp.do_errand": time.monotonic() + 60})
@@ -691,7 +1045,7 @@ def test_pool_that_is_too_small_is_told_at_the_start(play, monkeypatch, caplog):
 def test_worker_without_its_prober_stops_in_order(drain, play, monkeypatch, caplog):
     game = play(drain=drain)
     Errand.objects.create()  # which is not what its exit code tells
-    monkeypatch.setattr(type(game.supervisor._prober), "is_alive", False)
+    monkeypatch.setattr(type(game.supervisor._prober), "has_ended", True)
     wait_until(lambda: game.children[0].listen() or ("stop", 0.2) in game.children[0].heard)
     game.children[0].die(0)
     wait_until(lambda: game.codes == [1])
@@ -745,10 +1099,11 @@ def test_worker_whose_processes_end_what_they_run_is_well_as_long_as_they_answer
     wait_until(lambda: listen(game) or path.exists())
     if is_stopping:
         game.supervisor.stop()
-        wait_until(lambda: listen(game) or not game.supervisor._prober.is_alive)
+        wait_until(lambda: listen(game) or game.supervisor._prober.has_ended)
     until = time.monotonic() + 2.5
     wait_until(lambda: listen(game) or time.monotonic() > until)
-    assert time.time() - path.stat().st_mtime < 2.0
+    written = path.stat().st_mtime_ns
+    wait_until(lambda: listen(game) or path.stat().st_mtime_ns > written)
     time.sleep(2.2)  # they do not answer
     written = path.stat().st_mtime_ns
     time.sleep(1.2)
@@ -761,7 +1116,7 @@ def listen(game):
 
 
 def test_worker_that_is_stopped_before_it_serves_starts_no_process(monkeypatch):
-    monkeypatch.setattr(module, "Child", None)
+    monkeypatch.setattr(team, "Child", None)
     one = Supervisor(Options(names=("testapp.do_errand",)), [do_errand], said := [].append)
     one.stop()
     assert one.run(handle_signals=False) == 0

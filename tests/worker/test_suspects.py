@@ -41,6 +41,16 @@ def test_who_has_seen_something_for_the_first_time_is_to_look_again(at):
     assert one.look_at == math.inf
 
 
+def test_row_that_is_seen_too_soon_is_looked_at_no_later_for_that(at):
+    one = Suspects()
+    for seconds in (0.0, 1.0):
+        at(seconds)
+        one.begin()
+        one.confirm(ROW)
+    one.confirm(ROW._replace(key=2))
+    assert one.look_at == 1001.5
+
+
 def test_row_that_was_renewed_meanwhile_is_another(at):
     one = Suspects()
     at(0.0)

@@ -8,13 +8,14 @@ import pytest
 from django.db import DatabaseError, connection, connections
 
 from modelqueue import Status
-from modelqueue.worker import supervisor as module
-from modelqueue.worker import upkeep
+from modelqueue.worker import child as child_module
+from modelqueue.worker import team, upkeep
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import Supervisor
 from modelqueue.worker.upkeep import Upkeep
 from tests.actions import succeed
 from tests.faults.harm import end_session
+from tests.pace import within
 from tests.processes import wait_until
 from tests.testapp.models import Shift, Task
 from tests.worker.test_supervisor import Played
@@ -81,8 +82,8 @@ def test_it_is_called_at_once_and_each_second(queue, keep, monkeypatch):
     keep(queue(lambda: times.append(time.monotonic())))
     began = time.monotonic()
     wait_until(lambda: len(times) == 3)
-    assert times[0] - began < 0.3
-    assert all(0.45 < later - earlier < 1.0 for earlier, later in itertools.pairwise(times))
+    assert times[0] - began < within(0.3)
+    assert all(0.45 < later - earlier < within(1.0) for earlier, later in itertools.pairwise(times))
 
 
 def test_queues_come_in_turn_and_those_without_any_are_left_out(queue, keep):
@@ -210,8 +211,8 @@ def test_upkeep_is_a_callable_without_arguments(given, text, queue):
 def supervise(monkeypatch):
     """Start a supervisor of some queues, whose processes the test plays."""
     monkeypatch.setattr(Played, "started", [])
-    monkeypatch.setattr(module, "Child", Played)
-    monkeypatch.setattr(module, "_EXTRA", 0.2)
+    monkeypatch.setattr(team, "Child", Played)
+    monkeypatch.setattr(child_module, "_EXTRA", 0.2)
     started = []
 
     def supervise(*queues, **options):
@@ -263,7 +264,7 @@ def test_upkeep_that_hangs_holds_up_neither_the_prober_nor_the_stop(queue, super
     try:
         work.is_called(1)
         Task.objects.create()
-        wait_until(lambda: one._due == ["tasks"])
+        wait_until(lambda: one._seen is not None and one._seen.due == ["tasks"])
         one.stop()
         Played.started[0].die(0)
         thread.join(10)
@@ -277,7 +278,7 @@ def test_upkeep_that_hangs_holds_up_neither_the_prober_nor_the_stop(queue, super
 def test_error_of_the_supervisor_ends_the_upkeep(queue, supervise, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     one, thread = supervise(queue(Work()))
-    monkeypatch.setattr(one, "_write_health", lambda: 1 / 0)
+    monkeypatch.setattr(one, "_is_well", lambda: 1 / 0)
     thread.join(30)
     wait_until(lambda: one._upkeep.has_ended)
 
@@ -303,4 +304,4 @@ def test_upkeep_promotes_tasks_that_a_worker_then_finds(declare, supervise):
     queue = declare(Shift, "status", name="shifts", upkeep=promote)(succeed)
     Shift.objects.create(worker="urgent", status=Status.created())
     one, _ = supervise(queue)
-    wait_until(lambda: one._due == ["shifts"])
+    wait_until(lambda: one._seen is not None and one._seen.due == ["shifts"])

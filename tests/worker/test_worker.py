@@ -10,15 +10,22 @@ from contextlib import suppress
 
 import pytest
 from django.db import OperationalError, connection
+from django.urls import reverse
 
+import modelqueue
 from modelqueue import State, Status
 from tests.actions import row, stored
+from tests.faults.ahead import claimed_ahead
+from tests.pace import within
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Ledger
 from tests.testapp.queues import LEASE, do_errand, review
 from tests.worker.workers import is_gone
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+#: Of processes and signals alone, which are the same on every database: run on the one that costs least.
+of_processes = pytest.mark.vendor("sqlite")
 
 
 def make(*titles, **options):
@@ -53,6 +60,7 @@ def test_worker_runs_what_is_declared_and_drains(workers):
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_drain_of_nothing_says_so(workers):
     worker = workers.start("--drain")
     assert worker.process.wait(60) == 0
@@ -68,6 +76,7 @@ def test_each_of_many_tasks_is_run_once(workers):
     assert set(Counter(Ledger.objects.values_list("task", flat=True)).values()) == {1}
 
 
+@of_processes
 def test_task_that_comes_later_is_found(workers):
     worker = workers.start("--poll", 0.2)
     wait_until(lambda: "Stop it with Ctrl-C" in worker.output)
@@ -93,26 +102,40 @@ def test_task_that_takes_longer_than_its_lease_is_run_once(workers):
     assert first.state == State.working
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["group", "process"])
-def test_tasks_of_the_killed_run_again_within_the_lease_and_five_seconds(whole, workers):
+@of_processes
+def test_tasks_of_a_killed_process_can_run_again_within_two_seconds(workers):
+    errands = make(*["sleep 60"] * 2)
+    workers.start("--threads", 2)
+    wait_until(is_running(*errands))
+    Errand.objects.update(title="")
+    os.kill(int(Ledger.objects.first().worker), signal.SIGKILL)
+    killed = time.monotonic()
+    wait_until(lambda: do_errand.tally()["working"] == 0 or runs(errands[0]) == 2)
+    given_back = time.monotonic() - killed
+    wait_until(lambda: do_errand.tally()["finished"] == 2)
+    print(f"\ngiven back {given_back:.1f} s, run again {time.monotonic() - killed:.1f} s after the kill")
+    assert given_back < within(2)
+    assert [(stored(one).attempts, runs(one)) for one in errands] == [(2, 2)] * 2
+
+
+@of_processes
+def test_tasks_of_a_killed_group_run_again_within_the_lease_and_five_seconds(workers):
     errands = make(*["sleep 60"] * 2)
     victim = workers.start("--threads", 2)
     wait_until(is_running(*errands))
     Errand.objects.update(title="")
-    if whole:
-        victim.kill_group()
-        workers.start()
-    else:
-        os.kill(int(Ledger.objects.first().worker), signal.SIGKILL)
+    victim.kill_group()
+    workers.start()
     killed = time.monotonic()
     wait_until(lambda: do_errand.tally()["finished"] == 2)
     seconds = time.monotonic() - killed
     print(f"\nrun again {seconds:.1f} s after the kill, with a lease of {LEASE.total_seconds():.0f} s")
     # The database of one writer gives a lease as long as a renewal may have to wait.
-    assert seconds < do_errand.recovery().lease.total_seconds() + 5
+    assert seconds < within(do_errand.recovery().lease.total_seconds() + 5)
     assert [(stored(one).attempts, runs(one)) for one in errands] == [(2, 2)] * 2
 
 
+@of_processes
 def test_process_that_died_is_replaced_and_its_death_is_told(workers):
     (errand,) = make("sleep 60")
     worker = workers.start()
@@ -124,9 +147,103 @@ def test_process_that_died_is_replaced_and_its_death_is_told(workers):
     wait_until(lambda: stored(later).state == State.finished)
 
 
+# Bystanders
+
+BYSTANDERS = int(os.environ.get("MODELQUEUE_TEST_TASKS", "60"))
+
+
+def cells():
+    """All on PostgreSQL. Elsewhere each once, as what is recorded of one does not depend on the other."""
+    if connection.vendor == "postgresql":
+        return [(victim, threads) for victim in ("process", "group") for threads in (1, 8)]
+    return [("process", 1), ("group", 8)]
+
+
+@pytest.mark.parametrize(("victim", "threads"), cells())
+def test_task_that_kills_its_worker_ends_canceled_and_no_other_because_of_it(victim, threads, workers):
+    before, after = BYSTANDERS // 2, BYSTANDERS - BYSTANDERS // 2
+    make(*["sleep 0.05"] * before)
+    (killer,) = make("die all" if victim == "group" else "die")
+    make(*["sleep 0.05"] * after)
+    codes, deadline = Counter(), time.monotonic() + 90
+    while do_errand.tally()["waiting"] or do_errand.tally()["working"]:
+        worker = workers.start("--drain", "--threads", threads, variables=claimed_ahead(BYSTANDERS))
+        codes[worker.process.wait(max(1.0, deadline - time.monotonic()))] += 1
+    assert codes[-signal.SIGKILL] == (3 if victim == "group" else 0)
+    assert (stored(killer).state, stored(killer).attempts, runs(killer)) == (State.canceled, 3, 3)
+    assert do_errand.tally() | {"finished": BYSTANDERS, "canceled": 1} == do_errand.tally()
+
+
+def test_task_on_its_last_attempt_runs_in_a_process_that_runs_nothing_else(workers):
+    last, *others = [
+        Errand.objects.create(title="sleep 0.5", status=Status.waiting(5, count)) for count in (2, 0, 1)
+    ]
+    worker = workers.start("--drain")
+    assert worker.process.wait(60) == 0
+    by_process = dict(Ledger.objects.values_list("task", "worker"))
+    assert by_process[last.pk] not in {by_process[other.pk] for other in others}
+    assert do_errand.tally()["finished"] == 3
+
+
+# Time limits, and cancel while running
+
+
+def make_reviews(*titles):
+    """Make errands of which only the review is to be run."""
+    return make(*titles, status=Status.created(1), review_status=Status.waiting(5))
+
+
+def test_actions_that_can_not_be_ended_are_ended_with_their_process_and_neighbors_finish(
+    workers, monkeypatch
+):
+    monkeypatch.setenv("MODELQUEUE_TEST_TIMEOUT", "1.5")
+    stuck = make("receive", "swallow")
+    neighbor, lasting = make_reviews("sleep 4.5", "sleep 60")
+    worker = workers.start("--threads", 2, "--grace", 4)
+    wait_until(is_running(*stuck))
+    began = time.monotonic()
+    Errand.objects.filter(pk__in=[one.pk for one in stuck]).update(title="doze 1")
+    first = int(Ledger.objects.first().worker)
+    (later,) = make("")
+    wait_until(lambda: stored(later).state == State.finished)
+    assert first in worker.members()  # another one was started beside it
+    assert [stored(one).state for one in stuck] == [State.working] * 2
+    for one in stuck:
+        wait_until(lambda one=one: row(one).error)
+        assert row(one).error.startswith(
+            "modelqueue.exceptions.TimedOut: the action took longer than its timeout of 0:00:01.500000"
+        )
+    print(f"\nended after {time.monotonic() - began:.1f} s, with a timeout of 1.5 s and a grace time of 4 s")
+    assert first not in worker.members()
+    assert (stored(neighbor, "review_status").state, row(neighbor).log) == (State.finished, ["reviewed"])
+    assert stored(lasting, "review_status").attempts == 0
+    wait_until(lambda: all(stored(one).state == State.finished for one in stuck))
+    assert [(stored(one).attempts, runs(one)) for one in stuck] == [(2, 2)] * 2
+
+
+def test_async_action_that_is_canceled_in_the_admin_is_canceled_within_a_third_of_the_lease(
+    workers, admin_client
+):
+    (errand,) = make_reviews("sleep 60")
+    worker = workers.start("testapp.review")
+    wait_until(lambda: stored(errand, "review_status").state == State.working)
+    chosen = {"action": "make_review_status_state_canceled", "_selected_action": [errand.pk]}
+    admin_client.post(reverse("admin:testapp_errand_changelist"), chosen)
+    began, canceled = time.monotonic(), stored(errand, "review_status")
+    assert canceled.state == State.canceled
+    wait_until(lambda: "its outcome release is dropped; it was canceled meanwhile" in worker.output)
+    seconds = time.monotonic() - began
+    print(f"\ncanceled after {seconds:.1f} s, with a lease of {LEASE.total_seconds():.0f} s")
+    assert seconds < within(LEASE.total_seconds() / 3 + 1)
+    assert worker.stop()[0] == 0
+    assert stored(errand, "review_status") == canceled
+    assert row(errand).log == []
+
+
 # Stopping
 
 
+@of_processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_idle_worker_stops_at_once(number, workers):
     (errand,) = make("")
@@ -134,10 +251,11 @@ def test_idle_worker_stops_at_once(number, workers):
     wait_until(lambda: stored(errand).state == State.finished)
     code, seconds = worker.stop(number)
     assert code == 0
-    assert seconds < 5
+    assert seconds < within(5)
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_running_action_may_end(workers):
     (errand,) = make("doze 1.5")
     worker = workers.start("--grace", 20)
@@ -147,6 +265,7 @@ def test_running_action_may_end(workers):
     wait_until(is_gone(worker))
 
 
+@of_processes
 @pytest.mark.parametrize("title", ["doze 60", "sleep 60"])
 def test_action_that_outlasts_the_grace_time_is_given_back_uncharged(title, workers):
     """Also one that can not be interrupted: then its process is dead before the task is given back."""
@@ -156,10 +275,11 @@ def test_action_that_outlasts_the_grace_time_is_given_back_uncharged(title, work
     wait_until(is_running(errand))
     code, seconds = worker.stop()
     assert (code, stored(errand)) == (0, before)
-    assert seconds < 6
+    assert seconds < within(6)
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_second_signal_ends_it_now(workers):
     (errand,) = make("doze 60")
     before = stored(errand)
@@ -169,9 +289,10 @@ def test_second_signal_ends_it_now(workers):
     wait_until(lambda: "Stopping: running tasks may end" in worker.output)
     code, seconds = worker.stop(signal.SIGINT)
     assert (code, stored(errand)) == (0, before)
-    assert seconds < 6
+    assert seconds < within(6)
 
 
+@of_processes
 def test_async_action_is_canceled_at_the_end_of_the_grace_time(workers):
     errand = Errand.objects.create(
         title="sleep 60", status=Status.created(1), review_status=Status.waiting(5)
@@ -202,6 +323,7 @@ def as_first():
     return stop
 
 
+@of_processes
 def test_worker_as_the_first_process_of_a_container_stops_in_order(workers, as_first):
     (errand,) = make("doze 1")
     worker = workers.start("--grace", 20, launcher=AS_FIRST)
@@ -211,6 +333,7 @@ def test_worker_as_the_first_process_of_a_container_stops_in_order(workers, as_f
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_first_process_of_a_container_ends_though_its_fork_server_died(workers, as_first):
     """It inherits the processes, which stay there as if alive unless it waits for them."""
     (errand,) = make("doze 60")
@@ -222,21 +345,23 @@ def test_first_process_of_a_container_ends_though_its_fork_server_died(workers, 
         break
     code, seconds = as_first(worker)
     assert (code, stored(errand)) == (0, before)
-    assert seconds < 10
+    assert seconds < within(10)
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_thread_that_an_action_has_left_does_not_keep_its_process(workers):
     first, second = make("linger 60", "")
     worker = workers.start("--max-tasks", 1, "--threads", 1)
     began = time.monotonic()
     wait_until(lambda: {stored(first).state, stored(second).state} == {State.finished})
     wait_until(lambda: worker.output.count("has run 1 task and is replaced") == 2)
-    assert time.monotonic() - began < 30
-    assert worker.stop()[1] < 5
+    assert time.monotonic() - began < within(30)
+    assert worker.stop()[1] < within(5)
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):
     (errand,) = make("doze 1.5")
     worker = workers.start("--processes", 2)
@@ -247,31 +372,27 @@ def test_processes_stop_in_order_when_their_supervisor_is_killed(workers):
     assert (stored(errand).attempts, runs(errand)) == (1, 1)
 
 
+@of_processes
 @pytest.mark.parametrize("is_first", [True, False], ids=["the first", "the next"])
 def test_signal_to_the_whole_group_is_as_one_to_the_supervisor(is_first, workers):
     """As service managers and terminals do it. The fork server must outlive the processes."""
     worker = workers.start("--processes", 2, "--grace", 20)
     wait_until(lambda: "Stop it with Ctrl-C" in worker.output)
-    server = wait_until(lambda: fork_server(worker))
+    server = wait_until(lambda: worker.fork_server)
     if not is_first:
         os.kill(server, signal.SIGKILL)
-        server = wait_until(lambda dead=server: fork_server(worker) if fork_server(worker) != dead else 0)
+        server = wait_until(lambda dead=server: worker.fork_server if worker.fork_server != dead else 0)
     (errand,) = make("doze 1.5")
     wait_until(is_running(errand))
     os.killpg(worker.pid, signal.SIGTERM)
     wait_until(lambda: "Stopping" in worker.output)
-    assert fork_server(worker) == server
+    assert worker.fork_server == server
     assert worker.process.wait(30) == 0
     assert (stored(errand).state, runs(errand)) == (State.finished, 1)
     wait_until(is_gone(worker))
 
 
-def fork_server(worker):
-    """The process whose parent is the supervisor; those that it has made call themselves the same."""
-    found = worker.members("multiprocessing.forkserver", parent=worker.pid)
-    return found[0] if found else 0
-
-
+@of_processes
 def test_process_that_hangs_holds_up_neither_the_others_nor_the_stop(workers):
     (errand,) = make("sleep 60")
     worker = workers.start("--processes", 2, "--threads", 1, "--grace", 0.5)
@@ -282,11 +403,12 @@ def test_process_that_hangs_holds_up_neither_the_others_nor_the_stop(workers):
     wait_until(lambda: all(stored(one).state == State.finished for one in later))
     code, seconds = worker.stop()
     assert code == 0
-    assert seconds < 10
+    assert seconds < within(10)
     assert "does not stop and is killed" in worker.output
     wait_until(is_gone(worker))
 
 
+@of_processes
 def test_program_that_an_action_starts_can_be_terminated(workers):
     (errand,) = make("terminate")
     workers.start()
@@ -294,6 +416,7 @@ def test_program_that_an_action_starts_can_be_terminated(workers):
     assert row(errand).log == ["terminated by 15"]
 
 
+@of_processes
 def test_process_that_is_to_be_replaced_lets_its_tasks_end_however_long_they_take(workers):
     (errand,) = make("doze 3")
     worker = workers.start("--max-seconds", 1, "--grace", 0.5, "--drain")
@@ -301,6 +424,7 @@ def test_process_that_is_to_be_replaced_lets_its_tasks_end_however_long_they_tak
     assert (stored(errand).state, runs(errand)) == (State.finished, 1)
 
 
+@of_processes
 def test_worker_that_can_not_write_its_health_file_goes_on(workers, tmp_path):
     worker = workers.start("--health-file", tmp_path / "nowhere" / "health")
     (errand,) = make("")
@@ -314,10 +438,22 @@ def test_worker_whose_sessions_the_server_has_ended_goes_on(workers):
     (first,) = make("")
     worker = workers.start()
     wait_until(lambda: stored(first).state == State.finished)
+    if connection.vendor == "postgresql":
+        assert names_of_other_sessions() == {f"modelqueue worker {modelqueue.__version__}"}
     end_other_sessions()
     wait_until(lambda: "answers again" in worker.output)
     (second,) = make("")
     wait_until(lambda: stored(second).state == State.finished)
+
+
+def names_of_other_sessions():
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT application_name FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid != pg_backend_pid() "
+            "AND backend_type = 'client backend'"
+        )
+        return {name for (name,) in cursor.fetchall()}
 
 
 def end_other_sessions():
@@ -336,7 +472,7 @@ def end_other_sessions():
                 cursor.execute(f"KILL {number}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=of_processes)])
 def test_stop_in_the_midst_of_short_tasks_leaves_none_working_and_charges_none(number, workers):
     """Outcomes are being written all the time."""
     Errand.objects.bulk_create([Errand() for _ in range(2000)])
@@ -346,7 +482,7 @@ def test_stop_in_the_midst_of_short_tasks_leaves_none_working_and_charges_none(n
         wait_until(lambda before=before: do_errand.tally()["finished"] > before + 20)
         code, seconds = worker.stop(number)
         assert code == 0
-        assert seconds < 5
+        assert seconds < within(5)
         wait_until(is_gone(worker))
     tally = do_errand.tally()
     assert (tally["working"], tally["canceled"]) == (0, 0)
@@ -396,10 +532,10 @@ def test_full_queue_does_not_starve_another(workers):
     assert do_errand.tally()["waiting"] > 0
     worker.send(signal.SIGKILL)
     print(f"\nthe trickle took {', '.join(f'{wait * 1000:.0f}' for wait in waits)} ms")
-    assert sorted(waits)[2] < 0.5
+    assert sorted(waits)[2] < within(0.5)
 
 
-@pytest.mark.parametrize("title", ["sleep 1", "read 1"])
+@pytest.mark.parametrize("title", [pytest.param("sleep 1", marks=of_processes), "read 1"])
 def test_many_async_actions_run_side_by_side(title, workers, vendor):
     Errand.objects.bulk_create(
         [Errand(title=title, status=Status.created(1), review_status=Status.waiting()) for _ in range(200)]
@@ -410,13 +546,14 @@ def test_many_async_actions_run_side_by_side(title, workers, vendor):
     wait_until(lambda: review.tally()["finished"] == 200)
     seconds = time.monotonic() - began
     print(f"\n200 tasks of 1 s took {seconds:.1f} s")
-    assert seconds < 6
+    assert seconds < within(6)
     assert worker.process.wait(20) == 0
 
 
 # Recycling and health
 
 
+@of_processes
 def test_process_is_replaced_after_so_many_tasks(workers):
     Errand.objects.bulk_create([Errand() for _ in range(12)])
     worker = workers.start("--max-tasks", 4, "--threads", 1)
@@ -426,6 +563,7 @@ def test_process_is_replaced_after_so_many_tasks(workers):
     assert set(Counter(Ledger.objects.values_list("worker", flat=True)).values()) == {4}
 
 
+@of_processes
 def test_health_file_is_written_while_the_database_answers(workers, tmp_path):
     path = tmp_path / "health"
     worker = workers.start("--health-file", path)
@@ -435,6 +573,7 @@ def test_health_file_is_written_while_the_database_answers(workers, tmp_path):
     assert worker.stop()[0] == 0
 
 
+@of_processes
 @pytest.mark.parametrize(("verbosity", "said"), [(0, False), (1, False), (2, True)])
 def test_worker_says_as_much_as_it_is_told(verbosity, said, workers):
     (errand,) = make("")
@@ -451,6 +590,7 @@ def test_worker_says_as_much_as_it_is_told(verbosity, said, workers):
 # Wrong calls
 
 
+@of_processes
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

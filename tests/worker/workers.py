@@ -15,7 +15,7 @@ from tests.processes import ROOT, environment, wait_until
 class Worker:
     """One started ``manage.py modelqueue worker``, in a process group of its own."""
 
-    def __init__(self, *arguments, launcher=(), databases=None):
+    def __init__(self, *arguments, launcher=(), databases=None, variables=None):
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
             [*launcher, sys.executable, "-m", "django", "modelqueue", "worker", *map(str, arguments)],
@@ -23,7 +23,7 @@ class Worker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={name: value for name, value in environment(databases).items() if name != "PYTHONUNBUFFERED"},
+            env=without_buffer_switch(environment(databases) | (variables or {})),
             start_new_session=True,
         )
         self.pid = self.process.pid
@@ -36,7 +36,7 @@ class Worker:
     def send(self, number):
         self.process.send_signal(number)
 
-    def stop(self, number=signal.SIGTERM, timeout=30):
+    def stop(self, number=signal.SIGTERM, timeout=60):
         """Stop it; return the exit code and the seconds that it took."""
         began = time.monotonic()
         self.send(number)
@@ -56,6 +56,12 @@ class Worker:
             and word in command
             and parent in (None, int(above))
         ]
+
+    @property
+    def fork_server(self):
+        """The process whose parent is the supervisor; those that it has made call themselves the same."""
+        found = self.members("multiprocessing.forkserver", parent=self.pid)
+        return found[0] if found else 0
 
     def kill_group(self):
         os.killpg(self.pid, signal.SIGKILL)
@@ -85,6 +91,10 @@ class Workers:
     def __exit__(self, *error):
         for worker in self._started:
             worker.close()
+
+
+def without_buffer_switch(variables):
+    return {name: value for name, value in variables.items() if name != "PYTHONUNBUFFERED"}
 
 
 def is_gone(worker):

@@ -12,14 +12,16 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections, models
 
+from modelqueue import __version__
 from modelqueue.clock import now
 from modelqueue.management import reload
-from modelqueue.management.choose import WRONG_USAGE, chosen_queues
+from modelqueue.management.choose import WRONG_USAGE, add_database, add_queues, chosen_queues
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted
 from modelqueue.queues import Queue
 from modelqueue.report import in_a_line
 from modelqueue.status import State, Status
+from modelqueue.worker.names import name_sessions
 from modelqueue.worker.options import Options
 from modelqueue.worker.supervisor import SOMETHING_IS_DUE, Supervisor
 from modelqueue.worker.system import on_stop_signals
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit codes: 0 stopped; 1 it has failed, or a database can not be used when --drain begins; "
         "2 wrong usage, or there is no such queue; 3 --drain has left something due."
     )
-    add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
+    add_queues(parser)
     add(
         "--exclude",
         action="append",
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="QUEUE",
         help="a queue to leave out; can be given several times",
     )
-    add("--database", metavar="ALIAS", help="serve only queues whose tasks are in this database")
+    add_database(parser)
     add("--processes", type=_at_least(1), default=1, metavar="N", help="how many processes (default: 1)")
     add(
         "--threads",
@@ -120,9 +122,11 @@ def handle(command: BaseCommand, options: dict[str, Any]) -> int:
         max_seconds=options["max_seconds"],
         health_file=options["health_file"],
         verbosity=options["verbosity"],
+        version=__version__,
     )
 
     show_log_lines(worker.verbosity)
+    name_sessions(worker.version, queues)
 
     def write(text: str) -> None:
         if not worker.verbosity:

@@ -1,4 +1,4 @@
-"""The claimer: the one thread of a process that takes tasks, of its own queues in turns, and recovers others.
+"""The claimer: the one thread of a process that takes tasks, of its queues in turns.
 
 It survives any outage of the database: it waits with backoff, says so once, and goes on by itself.
 """
@@ -6,32 +6,33 @@ It survives any outage of the database: it waits with backoff, says so once, and
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from django.db import connections
-from django.db.utils import Error
 
 from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt
-from modelqueue.engines import Claim
+from modelqueue.engines import Claim, Engine, engine_for
 from modelqueue.exceptions import Interrupted
 from modelqueue.leases import keeper_for
+from modelqueue.source import Source
 from modelqueue.worker.completer import Completer
-from modelqueue.worker.database_clock import INTERVAL, DatabaseClock, harmless
+from modelqueue.worker.database_clock import DatabaseClock
 from modelqueue.worker.loop import Loop
 from modelqueue.worker.running import Register, Running
 from modelqueue.worker.slots import Lane, Slots, Turn
 from modelqueue.worker.threads import Threads
+from modelqueue.worker.troubles import Troubles
 
-__all__ = ["Claimer"]
+__all__ = ["Claimer", "take"]
 
 logger = logging.getLogger("modelqueue")
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 #: Seconds after which the clock is looked at, if there is nothing to claim.
 _CLOCK_INTERVAL = 60.0
 
@@ -46,10 +47,9 @@ class Claimer:
         self._loop = loop
         self._completer = completer
         self._thread = threading.Thread(target=self._work, name="modelqueue-claimer", daemon=True)
-        self._troubles = _Troubles()
+        self._troubles = Troubles("claimed")
         self._clock: DatabaseClock | None = None
-        #: Until when nothing is recovered, as the time has jumped.
-        self._recover_from = 0.0
+        self._engines: dict[str, Engine] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -75,7 +75,7 @@ class Claimer:
                 turn = self._slots.next(_CLOCK_INTERVAL)
                 self._follow_the_clock(turn)
                 if turn is not None:
-                    self._recover(turn) if turn.is_recovery else self._claim(turn)
+                    self._claim(turn)
         finally:
             connections.close_all()
 
@@ -84,88 +84,85 @@ class Claimer:
         if self._clock is None and turn is not None:
             with suppress(Exception):  # of what gives the queryset, which the claim will tell
                 self._clock = DatabaseClock(turn.lane.queue.using)
-        if self._clock is not None and (jump := abs(self._clock.follow())):
-            self._hold_back(jump)
-
-    def _hold_back(self, jump: float) -> None:
-        """Recover nothing after the time has jumped, until other processes have seen it, and renewed."""
-        queues = [lane.queue for lane in self._slots.lanes if jump > harmless(lane.queue)]
-        if queues:
-            wait = max(queue.lease for queue in queues).total_seconds() + INTERVAL
-            self._recover_from = time.monotonic() + wait
+        if self._clock is not None:
+            self._clock.follow()
 
     def _claim(self, turn: Turn) -> None:
         lane = turn.lane
-        try:
-            source = lane.queue.source()
-            keeper_for(source.using).reserve()
-            claims: list[Claim[Any]] = verbs.claim(source, turn.limit)
-        except Exception as error:
-            self._slots.failed(turn, self._troubles.begun(lane, "claimed", error))
-            return
-        self._troubles.ended(lane, "claimed")
-        self._slots.claimed(turn, len(claims))
-        for claim in claims:
-            running = self._register.add(lane, lane.queue.attempt(claim, source))
+        with self._register.claim():
             try:
-                self._begin(lane, running)
-            except Exception as error:  # the system gives no more threads, for example
-                logger.exception("%s can not be begun, and is given back.", running)
-                self._completer.put(running, Interrupted(str(error)))
-                lane.not_before = time.monotonic() + 1.0
+                source = lane.source()
+                keeper_for(source.using).reserve()
+                began = time.monotonic()
+                engine = self._engine_for(source.using)
+                claims = take(lane, source, turn.limit, engine)
+            except Exception as error:
+                self._slots.failed(turn, self._troubles.begun(lane.queue, error))
+                return
+            self._troubles.ended(lane.queue)
+            self._slots.claimed(turn, len(claims), time.monotonic() - began)
+            added = self._register.add(lane, [lane.queue.attempt(claim, source, engine) for claim in claims])
+        for running in added:
+            self._or_give_back(running, self._begin)
 
-    def _begin(self, lane: Lane, running: Running) -> None:
-        attempt = running.attempt
+    def _engine_for(self, using: str) -> Engine:
+        if using not in self._engines:
+            self._engines[using] = engine_for(using)
+        self._engines[using].forget()
+        return self._engines[using]
+
+    def _or_give_back(self, running: Running, begin: Callable[[Running], None]) -> None:
+        try:
+            begin(running)
+        except Exception as error:  # the system gives no more threads, for example
+            logger.exception("%s can not be begun, and is given back.", running)
+            self._completer.put(running, Interrupted(str(error)))
+            running.lane.not_before = time.monotonic() + 1.0
+
+    def _begin(self, running: Running) -> None:
+        attempt, lane = running.attempt, running.lane
         attempt.waits = isinstance(attempt, AtomicAttempt)  # in its thread, where nobody waits for it
         lost = (lambda: self._loop.cancel(running)) if lane.is_async else None
         seconds = lane.queue.lease.total_seconds()
-        attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost)
+        renewed = partial(self._register.renew, running)
+        attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost, renewed)
+        if attempt.lease.attempts > 0:
+            # It may be what killed its process. Then what has ended here before is not to be charged, too.
+            self._completer.call_after_the_others(partial(self._or_give_back, running, self._start))
+        else:
+            self._start(running)
+
+    def _start(self, running: Running) -> None:
+        attempt = running.attempt
         if not isinstance(attempt, AsyncAttempt):
             self._threads.submit(running)
             return
+        self._register.begin(running)  # as the receivers of a signal are called next
         attempt.start()
         if attempt.error is None:
             self._loop.submit(running)
         else:
             self._completer.put(running, attempt.error)
 
-    def _recover(self, turn: Turn) -> None:
-        lane = turn.lane
-        if time.monotonic() < self._recover_from:
-            return
-        lane.suspects.begin()
-        try:
-            verbs.recover(lane.queue.source(), lane.queue.recovery(), is_certain=lane.suspects.confirm)
-        except Exception as error:
-            lane.suspects.forget()
-            self._slots.failed(turn, self._troubles.begun(lane, "recovered", error))
-        else:
-            self._troubles.ended(lane, "recovered")
-            self._slots.look_twice(lane)
 
-
-class _Troubles:
-    """Queues of which nothing can be claimed, or recovered: that is told once, and tried ever less often.
-
-    The database is away, or a queue alone is broken: its table is missing, perhaps.
-    """
-
-    def __init__(self) -> None:
-        self._pause: dict[tuple[str, str], float] = {}
-
-    def begun(self, lane: Lane, what: str, error: Exception) -> float:
-        """Note an error; return for how many seconds to wait."""
-        name = lane.queue.name
-        pause = self._pause.get((name, what))
-        if pause is None:
-            fault = None if isinstance(error, Error) else error
-            logger.warning("%s: its tasks can not be %s, trying again: %s", name, what, error, exc_info=fault)
-        pause = min(2 * pause, _LONGEST_PAUSE) if pause else _FIRST_PAUSE
-        self._pause[name, what] = pause
-        return random.uniform(pause / 2, pause)  # noqa: S311  (jitter)
-
-    def ended(self, lane: Lane, what: str) -> None:
-        """Note that there is none any more."""
-        name = lane.queue.name
-        if self._pause.pop((name, what), None) is not None:
-            logger.warning("%s: its tasks can be %s again.", name, what)
+def take(lane: Lane, source: Source[Any], limit: int, engine: Engine | None = None) -> list[Claim[Any]]:
+    """Claim up to `limit` tasks, from the bounds on unless it is time to look at all of the queue."""
+    began = time.monotonic()
+    ranges = [] if lane.sweeps.is_due(began, lane.was_idle) else lane.bounds.ranges()
+    parts = [source.between(*ends) for ends in ranges] or [source]
+    claims: list[Claim[Any]] = []
+    try:
+        for part in parts:
+            claims += verbs.claim(part, limit - len(claims), engine)
+            if len(claims) == limit:
+                break
+    except Exception as error:
+        if not claims:
+            raise
+        # What is claimed already is committed, and nobody else would run it.
+        logger.warning("%s: fewer are claimed: %s", lane.queue.name, error)
+    lane.bounds.note(claim.row.status for claim in claims)
+    lane.was_idle = len(claims) < limit
+    now = time.monotonic()
+    lane.sweeps.note(not ranges, now, now - began, len(claims))
+    return claims

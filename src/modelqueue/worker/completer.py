@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from django.db import connections
 from django.db.utils import Error, OperationalError
 
-from modelqueue.engines import RowLocked
+from modelqueue.attempts import SHORT_PATIENCE
+from modelqueue.engines import Change, Engine, RowLocked, engine_for
 from modelqueue.outcomes import Outcome
 from modelqueue.worker.running import Register, Running
 
@@ -26,6 +30,8 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two tries to write an outcome.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+#: Outcomes that are written together.
+_MOST_TOGETHER = 400
 #: The longest while somebody has locked the row.
 _LONGEST_PAUSE_OF_LOCKED = 1.0
 #: Seconds after which an outcome is given up that the database refuses without being away.
@@ -60,9 +66,11 @@ class _Ended:
 class Completer:
     def __init__(self, register: Register) -> None:
         self._register = register
-        self._ended: SimpleQueue[_Ended | None] = SimpleQueue()
+        self._ended: SimpleQueue[_Ended | Callable[[], None] | None] = SimpleQueue()
         #: What could not be written yet.
         self._late: list[_Ended] = []
+        #: What was taken out of turn.
+        self._put_back: list[Callable[[], None] | None] = []
         #: The outcome that tries, for all of its database, whether that is there again; by alias.
         self._waits_for: dict[str, _Ended] = {}
         self._thread = threading.Thread(target=self._work, name="modelqueue-completer", daemon=True)
@@ -81,6 +89,10 @@ class Completer:
         """The action of a task has returned, or raised this error: record that."""
         self._ended.put(_Ended(running, error))
 
+    def call_after_the_others(self, function: Callable[[], None]) -> None:
+        """Call a function, in the thread of the completer, when what was put before is written or put off."""
+        self._ended.put(function)
+
     def stop(self, seconds: float) -> None:
         """Write what is to be written, and end; what the database does not take in time is left."""
         self._ended.put(None)
@@ -90,7 +102,7 @@ class Completer:
     def _work(self) -> None:
         try:
             while (ended := self._next()) is not None and not self._is_stopped.is_set():
-                self._settle(ended)
+                self._settle_together([ended, *self._more()])
         finally:
             connections.close_all()
 
@@ -105,10 +117,77 @@ class Completer:
             if late is None and self._is_ending:
                 return None
             with suppress(Empty):
-                ended = self._ended.get(timeout=pause)
-                if ended is not None:
+                ended = self._get(pause)
+                if isinstance(ended, _Ended):
                     return ended
-                self._is_ending = True
+                if ended is None:
+                    self._is_ending = True
+                else:
+                    ended()
+
+    def _get(self, pause: float | None) -> _Ended | Callable[[], None] | None:
+        if self._put_back:
+            return self._put_back.pop()
+        return self._ended.get(timeout=pause)
+
+    def _more(self) -> Iterator[_Ended]:
+        """Give what has ended, too, by now."""
+        with suppress(Empty):
+            for _ in range(_MOST_TOGETHER - 1):
+                ended = self._put_back.pop() if self._put_back else self._ended.get_nowait()
+                if not isinstance(ended, _Ended):
+                    self._put_back.append(ended)
+                    return
+                yield ended
+
+    def _settle_together(self, all_ended: list[_Ended]) -> None:
+        """Write those outcomes of one source together that are a status alone; each other by itself."""
+        if len(all_ended) == 1:
+            self._settle(*all_ended)
+            return
+        prepared = defaultdict[Any, dict[Any, tuple[_Ended, Outcome, Change]]](dict)
+        engines: dict[str, Engine] = {}
+        for ended in all_ended:
+            attempt, source = ended.running.attempt, ended.running.attempt.source
+            if source.using not in self._waits_for:
+                if source.using not in engines:
+                    engines[source.using] = engine_for(source.using)
+                    engines[source.using].patience = SHORT_PATIENCE
+                with suppress(BaseException):  # which comes up again when it is settled by itself
+                    if (found := attempt.prepare(ended.error, engines[source.using])) is not None:
+                        group = prepared[source.using, source.owner, source.field]
+                        # Of two attempts on a row one has lost it, and its key does not say which.
+                        group.setdefault(found[1].key, (ended, *found))
+        written = set[_Ended]()
+        for group in prepared.values():
+            written |= self._write_together(list(group.values()))
+        left = [ended for ended in all_ended if ended not in written]
+        for ended in left[1:]:
+            ended.running.attempt.resume_renewal()  # those before it may take longer than its lease
+        for ended in left:
+            self._settle(ended)
+
+    def _write_together(self, group: list[tuple[_Ended, Outcome, Change]]) -> set[_Ended]:
+        attempt = group[0][0].running.attempt
+        source, engine = attempt.source, attempt.engine
+        try:
+            keys = engine.set_statuses(source, [change for _, _, change in group])
+        except Exception as error:
+            logger.debug("%s: outcomes can not be written together: %s", source.queue_name, error)
+            return set()
+        written, concluded = set[_Ended](), list[tuple[Running, Outcome]]()
+        for ended, outcome, change in group:
+            if change.key not in keys:
+                continue
+            written.add(ended)
+            try:
+                ended.running.attempt.conclude_prepared(outcome, change)
+            except BaseException as error:
+                self._handle(ended, error)
+            else:
+                concluded.append((ended.running, outcome))
+        self._end(concluded)
+        return written
 
     def _settle(self, ended: _Ended) -> None:
         running = ended.running
@@ -118,6 +197,7 @@ class Completer:
             ended.refused_since = None
             ended.try_at = first.try_at
             self._late.append(ended)
+            running.attempt.resume_renewal()  # which has ended if it was to be written with others
             return
         try:
             outcome = running.attempt.settle(ended.error)
@@ -126,8 +206,7 @@ class Completer:
             self._handle(ended, error)
         else:
             self._waits_for.pop(using, None)
-            self._register.end(running, outcome.ending)
-            self._look_around(running, outcome)
+            self._end([(running, outcome)])
 
     def _handle(self, ended: _Ended, error: BaseException) -> None:
         """An outcome was not written: decide when to try again, and who has to wait for that."""
@@ -139,7 +218,7 @@ class Completer:
             ended.refused_since = None
             self._waits_for[attempt.source.using] = ended
             self._put_off(ended, error, _LONGEST_PAUSE)
-        elif isinstance(error, Error) and not ended.is_refused_for_long():  # its disk is full, for example
+        elif isinstance(error, Error) and (attempt.engine.is_full(error) or not ended.is_refused_for_long()):
             self._put_off(ended, error, _LONGEST_PAUSE)
         else:  # SystemExit of a hook, for example
             self._give_up(ended, error)
@@ -155,18 +234,22 @@ class Completer:
         logger.error(
             "%s: its outcome can not be written; it is left to its recovery.", ended.running, exc_info=why
         )
-        self._register.end(ended.running, "lost")
+        self._register.end([(ended.running, "lost")])
 
-    def _look_around(self, running: Running, outcome: Outcome) -> None:
+    def _end(self, written: list[tuple[Running, Outcome]]) -> None:
+        self._register.end([(running, outcome.ending) for running, outcome in written])
         try:
-            self._advise(running, outcome)
-            running.attempt.engine.give_way()
+            for running, outcome in written:
+                if isinstance(outcome.error, OperationalError):
+                    self._advise(running)
+            for running, _ in written[-1:]:
+                running.attempt.engine.give_way()
         except Exception:
             logger.exception("After a task")
 
-    def _advise(self, running: Running, outcome: Outcome) -> None:
-        """Say what to set when an action has failed because the server has no more connections."""
-        if not isinstance(outcome.error, OperationalError) or time.monotonic() < self._advise_from:
+    def _advise(self, running: Running) -> None:
+        """Say what to set if the action has failed because the server has no more connections."""
+        if time.monotonic() < self._advise_from:
             return
         self._advise_from = time.monotonic() + _COUNT_INTERVAL
         try:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
-from typing import Any
 
 from django.db import connections
 
 from modelqueue import clock
 from modelqueue.engines import engine_for
-from modelqueue.queues import Queue
 
-__all__ = ["INTERVAL", "DatabaseClock", "harmless"]
+__all__ = ["INTERVAL", "DatabaseClock"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -21,15 +19,8 @@ logger = logging.getLogger("modelqueue")
 INTERVAL, _SOON = 60.0, 5.0
 #: Seconds: a smaller difference is left alone, a larger one is told.
 _SMALL, _LARGE = 0.05, 1.0
-#: Seconds that something may take longer than usual, however short a lease is.
-_LONGEST_HICCUP = 2.0
 #: Seconds by which the clock of the machine was set, or the machine stood still, since the last look.
 _STEP = 0.05
-
-
-def harmless(queue: Queue[Any]) -> float:
-    """Return for how long workers may stand still, or the time may jump, before a lease can run out."""
-    return max(queue.lease.total_seconds() / 3, _LONGEST_HICCUP)
 
 
 class DatabaseClock:
@@ -48,7 +39,8 @@ class DatabaseClock:
         Or at once if the clock of the machine was set since, as the machine was asleep then, perhaps.
 
         Returns:
-            By how many seconds the time of this process has jumped, more than it went on; 0 the first time.
+            By how many seconds the time of this process has jumped, more than it went on. At the first look,
+            from the clock of the machine on: perhaps that of the database was set a moment ago.
 
         Raises nothing: who can not read it goes on by the last look.
         """
@@ -56,11 +48,8 @@ class DatabaseClock:
         if time.monotonic() < self._next and abs(ahead - self._ahead) < _STEP:
             return 0.0
         self._next, self._ahead = time.monotonic() + _SOON, ahead
-        is_first = clock.anchor() is None
         before, then = clock.now(), clock.steady()
         self._look()
-        if is_first:
-            return 0.0
         return (clock.now() - before).total_seconds() - (clock.steady() - then)
 
     def _look(self) -> None:

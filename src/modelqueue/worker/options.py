@@ -19,6 +19,8 @@ class Options:
     processes: int = 1
     threads: int = 4
     """Synchronous actions that each process runs at a time."""
+    alone: bool = False
+    """Whether a process runs tasks on their last attempt, one at a time, instead of all others."""
     poll: float = 1.0
     """Seconds between two looks for work after a long idle time."""
     grace: float = 25.0
@@ -35,3 +37,5 @@ class Options:
     """A file that is written every second while the worker is well."""
     verbosity: int = 1
     """How much it says, see `show_log_lines`."""
+    version: str = ""
+    """Of modelqueue, for the names of its sessions; empty: they have none."""

@@ -11,20 +11,25 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from typing import Any
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from django.db import connections
 from django.db.utils import Error, InterfaceError, OperationalError
 
 from modelqueue import clock
-from modelqueue.engines import engine_for
+from modelqueue.engines import engine_for, full_since
 from modelqueue.fields import declared_on
 from modelqueue.queues import Queue
-from modelqueue.worker.database_clock import INTERVAL, DatabaseClock, harmless
+from modelqueue.source import Question, Source
+from modelqueue.worker.bounds import Bounds, Sweeps
+from modelqueue.worker.database_clock import INTERVAL, DatabaseClock
 
-__all__ = ["Found", "Outage", "Prober"]
+__all__ = ["Found", "Hinted", "Outage", "Prober", "Seen"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -32,21 +37,79 @@ logger = logging.getLogger("modelqueue")
 _SHORTEST, _LATELY = 0.1, 5.0
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
+#: Seconds between two questions that others want, and how many times as long as the last one has taken.
+_SHORTEST_WANTED, _REST = 0.01, 3
+#: Seconds of a pause after which to see whether the machine stood still in it.
+_SLICE = 1.0
+#: The longest pause while something has expired, for who recovers it, see `modelqueue.worker.recovery`.
+_LONGEST_WITH_EXPIRED = 1.0
+#: Seconds between two looks for tasks on their last attempt, while others are due.
+_FOR_LAST_ATTEMPTS = 1.0
 #: How long it may take to put a question: what becomes due meanwhile is to be found, too.
 _TO_ASK = dt.timedelta(milliseconds=10)
 #: Seconds for which a queue is left out whose tasks can not be looked for.
 _LEFT_OUT = 5.0
 
-#: Names of the queues that have due tasks, and of those that have abandoned ones; None: not known.
-Found = Callable[["list[str] | None", "list[str]"], None]
+#: Seconds that something may take longer than usual, however short a lease is.
+_LONGEST_HICCUP = 2.0
+
+
+class Seen(NamedTuple):
+    """The names of queues that have tasks of these kinds."""
+
+    due: list[str]
+    #: Due for the last attempt, which is to run alone.
+    alone: list[str]
+    #: Abandoned, each with the first status that is.
+    expired: dict[str, int]
+
+    @classmethod
+    def nothing(cls) -> Seen:
+        return cls([], [], {})
+
+    def add(self, other: Seen) -> None:
+        self.due.extend(other.due)
+        self.alone.extend(other.alone)
+        self.expired.update(other.expired)
+
+
+#: Where to note the answer for a queue, if there is one.
+_Asked = tuple[dict[str, int], str, Question]
+#: Gets what was seen; None: not known.
+Found = Callable[["Seen | None"], None]
+#: Names of queues that perhaps have due tasks.
+Hinted = Callable[["list[str]"], None]
 
 
 class Prober:
-    def __init__(self, queues: list[Queue[Any]], poll: float, found: Found) -> None:
+    """Looks from `start` to `stop`.
+
+    Args:
+        poll: seconds between two looks after a long idle time.
+        found: called after each look.
+        hinted: called between two looks for queues of which somebody has told, see `ask`.
+        is_certain: whether "nothing is due" has to be sure at each look, as the worker then ends.
+    """
+
+    def __init__(
+        self,
+        queues: list[Queue[Any]],
+        poll: float,
+        found: Found,
+        hinted: Hinted = lambda names: None,
+        is_certain: bool = False,
+    ) -> None:
         self._queues = queues
+        self._is_certain = is_certain
         self._poll = poll
         self._found = found
+        self._hinted = hinted
         self._is_stopped = threading.Event()
+        #: Is there something in `_wanted`, or is it to stop?
+        self._is_wanted = threading.Event()
+        self._wanted: SimpleQueue[str] = SimpleQueue()
+        #: Before when it asks for nothing that somebody wants.
+        self._not_before = 0.0
         self._outages: dict[str, Outage] = {}
         #: Queues that can not be looked at, and when to try again.
         self._left_out: dict[str, float] = {}
@@ -54,8 +117,15 @@ class Prober:
         self._held_back: dict[str, float] = {}
         #: Of which something has expired that is held back.
         self.holds_back: list[str] = []
-        self._expired: list[str] = []
+        self._expired: dict[str, int] = {}
+        #: Where each question begins, and, by database, when to ask it of all rows.
+        self._bounds: defaultdict[object, Bounds] = defaultdict(Bounds)
+        self._sweeps: defaultdict[str, Sweeps] = defaultdict(Sweeps)
+        #: Whether a queue has tasks on their last attempt, and when to look for these again.
+        self._has_last: dict[str, bool] = {}
+        self._look_for_last_at: dict[str, float] = {}
         self._last_look: tuple[float, float] | None = None
+        self._looked_at = time.monotonic()
         self._active_until = time.monotonic() + _LATELY
         #: That of the first database: a process has one clock.
         self._clock: DatabaseClock | None = None
@@ -65,15 +135,30 @@ class Prober:
         self._thread.start()
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+    def has_ended(self) -> bool:
+        """Say whether it did begin, and does nothing any more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def look_again(self) -> None:
         """There was work a moment ago: look often."""
         self._active_until = time.monotonic() + _LATELY
 
+    def ask(self, names: Iterable[str]) -> None:
+        """Somebody has told that one of these queues has a due task: ask at once."""
+        names = list(names)
+        if len(names) == 1 and time.monotonic() >= self._not_before:
+            self._not_before = time.monotonic() + _SHORTEST_WANTED
+            self._hinted(
+                names
+            )  # in this thread, as there is nothing to ask: another would take time to wake up
+        else:
+            for name in names:
+                self._wanted.put(name)
+        self._is_wanted.set()
+
     def stop(self) -> None:
         self._is_stopped.set()
+        self._is_wanted.set()
 
     def _work(self) -> None:
         pause = waited = _SHORTEST
@@ -82,13 +167,60 @@ class Prober:
                 began = time.monotonic()
                 self._look(waited)
                 is_active = time.monotonic() < self._active_until
-                pause = min(_SHORTEST if is_active else pause * _GROWTH, max(self._poll, _SHORTEST))
+                # What has expired is recovered when it was seen twice, not long ago.
+                longest = min(self._poll, _LONGEST_WITH_EXPIRED) if self._expired else self._poll
+                pause = min(_SHORTEST if is_active else pause * _GROWTH, max(longest, _SHORTEST))
                 # From one beginning to the next, but never without a rest, however long a look takes.
                 jittered = random.uniform(0.95, 1.05) * pause  # noqa: S311
-                waited = max(jittered - (time.monotonic() - began), pause / 2)
-                self._is_stopped.wait(waited)
+                waited = self._rest(max(jittered - (time.monotonic() - began), pause / 2))
         finally:
             connections.close_all()
+
+    def _rest(self, seconds: float) -> float:
+        """Wait for so many seconds, but ask what somebody wants; return how many it was to wait.
+
+        After that it looks soon, and often, since a task may be due a moment later by our clock.
+        """
+        waited = 0.0
+        while waited < seconds and not self._is_stopped.is_set():
+            began, part = time.monotonic(), min(_SLICE, seconds - waited)
+            if is_wanted := self._is_wanted.wait(part):
+                self._ask_what_is_wanted()
+            waited += min(part, time.monotonic() - began)
+            if is_wanted:
+                self.look_again()
+                seconds = min(seconds, waited + _SHORTEST)
+        return waited
+
+    def _ask_what_is_wanted(self) -> None:
+        """Ask at once the first time, and then for all that is wanted until it is time again."""
+        self._is_stopped.wait(max(0.0, self._not_before - time.monotonic()))
+        began = time.monotonic()
+        self._is_wanted.clear()
+        names = {self._wanted.get() for _ in range(self._wanted.qsize())}
+        if not names:  # passed on already
+            return
+        try:
+            perhaps = self._perhaps_due([queue for queue in self._queues if queue.name in names])
+        except Exception as error:  # the next look tells
+            logger.debug("Nobody knows whether something is due in %s.", ", ".join(names), exc_info=error)
+        else:
+            if perhaps:
+                self._hinted(perhaps)
+        now = time.monotonic()
+        self._not_before = max(began + _SHORTEST_WANTED, now + _REST * (now - began))
+
+    def _perhaps_due(self, queues: list[Queue[Any]]) -> list[str]:
+        """Return the names of those that have due tasks; that of a single one, as a claim asks, too."""
+        if len(queues) < 2:
+            return [queue.name for queue in queues]
+        moment, due = clock.now() + _TO_ASK, list[str]()
+        for using, some in self._by_database(queues).items():
+            found: dict[str, int] = {}
+            asked = [(found, queue.name, queue.shared().any_due(moment)) for queue in some]
+            self._answer(using, asked, is_whole=not self._sweeps[using].pays, is_usual=True)
+            due += found
+        return due
 
     def _look(self, waited: float = 0.0) -> None:
         """Look at each database, and pass on what was found.
@@ -96,38 +228,56 @@ class Prober:
         Args:
             waited: how many seconds the last look is to be ago.
         """
-        due, expired, is_known = list[str](), list[str](), True
-        for using, queues in self._by_database().items():
+        seen, is_known = Seen.nothing(), True
+        full, self._looked_at = full_since(self._looked_at), time.monotonic()
+        for using, queues in self._by_database(self._queues).items():
             outage = self._outages.setdefault(using, Outage(using))
             try:
                 self._follow_the_clock(using)
-                found = self._look_at(using, queues)
+                found = self._look_sometimes_at_all(using, queues)
+                if found.expired:
+                    # While nothing can be committed, as a cluster has just lost a node, nobody can renew a
+                    # lease. Then this takes long, too, which shows below that they all may have run out.
+                    engine_for(using).catch_up()
             except Exception as away:
                 outage.begun(away)
                 is_known = False
                 continue
-            if outage.ended():
-                # Longer than the lease, and all have expired, those of the living, too.
+            if outage.ended() or using in full:
+                # Longer than the lease, and all have expired, those of the living, too. On a full disk who
+                # recovers may find the last room, and who renews none.
                 self._hold_back(queues)
-            due += found[0]
-            expired += found[1]
+            seen.add(found)
         stood_still = self._stood_still(waited)
-        self._hold_back(queue for queue in self._queues if stood_still > harmless(queue))
-        self.holds_back = [name for name in expired if time.monotonic() < self._held_back.get(name, 0.0)]
-        expired = [name for name in expired if name not in self.holds_back]
-        has_more_expired = not set(expired) <= set(self._expired)  # which is looked at twice, see `Suspects`
-        if due or has_more_expired:
+        self._hold_back(queue for queue in self._queues if stood_still > _harmless(queue))
+        self.holds_back = [name for name in seen.expired if time.monotonic() < self._held_back.get(name, 0.0)]
+        expired = {name: first for name, first in seen.expired.items() if name not in self.holds_back}
+        has_more_expired = not set(expired) <= set(self._expired)
+        if seen.due or seen.alone or has_more_expired:
             self.look_again()
         self._expired = expired
-        self._found(due if is_known or due else None, expired)
+        seen = seen._replace(expired=expired)
+        self._found(seen if is_known or any(seen) else None)
+
+    def _look_sometimes_at_all(self, using: str, queues: list[Queue[Any]]) -> Seen:
+        """Look from the bounds on, unless it is time to look at all there is."""
+        sweeps, began = self._sweeps[using], time.monotonic()
+        is_whole = sweeps.is_due(began)
+        found = self._look_at(using, queues, is_whole)
+        now = time.monotonic()
+        sweeps.note(is_whole, now, now - began)
+        if self._is_certain and not (is_whole or any(found)):
+            found = self._look_at(using, queues)
+        return found
 
     def _follow_the_clock(self, using: str) -> None:
         if self._clock is None:
             self._clock = DatabaseClock(using)
         if using == self._clock.using:
             jump = abs(self._clock.follow())
-            # Others may not have seen yet that the clock of the database was set, or that it is another one.
-            self._hold_back((queue for queue in self._queues if jump > harmless(queue)), INTERVAL)
+            # Others may not have seen yet that the clock of the database was set, or that it is another one;
+            # nor may our own processes that have claimed by the clock of the machine.
+            self._hold_back((queue for queue in self._queues if jump > _harmless(queue)), INTERVAL)
 
     def _hold_back(self, queues: Iterable[Queue[Any]], more: float = 0.0) -> None:
         """Recover nothing of these queues until everybody has had time to renew, and so many seconds more."""
@@ -148,22 +298,20 @@ class Prober:
         seconds = max(abs(now - then) for now, then in zip(self._last_look, last, strict=True))
         return seconds - waited
 
-    def look(self) -> tuple[list[str], list[str]]:
-        """Return the names of the queues that have due tasks, and of those that have abandoned ones.
+    def look(self) -> Seen:
+        """Return what is due, and what is abandoned.
 
         Raises:
             django.db.Error: a database does not answer.
         """
-        due, expired = list[str](), list[str]()
-        for using, queues in self._by_database().items():
-            found = self._look_at(using, queues)
-            due += found[0]
-            expired += found[1]
-        return due, expired
+        seen = Seen.nothing()
+        for using, queues in self._by_database(self._queues).items():
+            seen.add(self._look_at(using, queues))
+        return seen
 
-    def _by_database(self) -> dict[str, list[Queue[Any]]]:
+    def _by_database(self, queues: list[Queue[Any]]) -> dict[str, list[Queue[Any]]]:
         by_database: dict[str, list[Queue[Any]]] = {}
-        for queue in self._queues:
+        for queue in queues:
             if time.monotonic() < self._left_out.get(queue.name, 0.0):
                 continue
             try:
@@ -186,9 +334,9 @@ class Prober:
         """The names of queues whose tasks can not be looked for."""
         return list(self._left_out)
 
-    def _look_at(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
+    def _look_at(self, using: str, queues: list[Queue[Any]], is_whole: bool = True) -> Seen:
         try:
-            return self._probe(using, queues)
+            return self._probe(using, queues, is_whole)
         except Exception as error:
             if isinstance(error, Error) and self._meets_everybody(using, error):
                 with suppress(Exception):  # so that the next look opens another connection
@@ -197,31 +345,89 @@ class Prober:
             # Of a single queue: its table is missing, perhaps.
             if len(queues) == 1:
                 self._leave_out(queues[0], error)
-                return [], []
-            found = [self._look_at(using, [queue]) for queue in queues]
-            return [name for due, _ in found for name in due], [name for _, old in found for name in old]
+                return Seen.nothing()
+            seen = Seen.nothing()
+            for queue in queues:
+                seen.add(self._look_at(using, [queue], is_whole))
+            return seen
 
     def _meets_everybody(self, using: str, error: Error) -> bool:
         """Say whether an error is not of one queue's statement: the database is away, or locked."""
         if not isinstance(error, (InterfaceError, OperationalError)):
             return False
         engine = engine_for(using)
-        return engine.is_try_again(error) or not engine.is_connected()
+        return engine.is_try_again(error) or engine.is_away(error) or not engine.is_connected()
 
-    def _probe(self, using: str, queues: list[Queue[Any]]) -> tuple[list[str], list[str]]:
-        moment = clock.now()
-        questions: list[tuple[str, bool, Any]] = []
+    def _probe(self, using: str, queues: list[Queue[Any]], is_whole: bool) -> Seen:
+        moment, due, some, expired = clock.now(), dict[str, int](), dict[str, int](), dict[str, int]()
+        soon = moment + _TO_ASK
+        sources = {queue.name: queue.source() for queue in queues}
+        questions: list[_Asked] = []
         for queue in queues:
-            source, cutoff = queue.source(), queue.recovery().cutoff(moment)
-            questions.append((queue.name, False, source.due(moment + _TO_ASK)))
+            name, source, cutoff = queue.name, sources[queue.name], queue.recovery().cutoff(moment)
+            questions.append((some if queue.has_last_attempts else due, name, source.any_due(soon)))
             if cutoff is not None:
-                questions.append((queue.name, True, source.expired(cutoff)))
-        answers = engine_for(using).probe([rows for _, _, rows in questions])
+                questions.append((expired, name, source.any_expired(cutoff)))
+        self._answer(using, questions, is_whole, is_usual=True)
+        for name in sources:
+            self._left_out.pop(name, None)
         for queue in queues:
-            self._left_out.pop(queue.name, None)
-        found = [one for one, answer in zip(questions, answers, strict=True) if answer]
-        due = [name for name, is_expired, _ in found if not is_expired]
-        return due, [name for name, is_expired, _ in found if is_expired]
+            if queue.has_last_attempts and queue.name not in some:  # nor any of those that others may run
+                question = queue.shared(sources[queue.name]).any_due(soon)
+                self._bounds_of(queue.name, question).note([question.last])
+        # Which of them are to run alone is asked only where there are some: mostly there are none.
+        alone: list[str] = []
+        if mixed := {queue: sources[queue.name] for queue in queues if queue.name in some}:
+            shared = [(due, one.name, one.shared(source).any_due(soon)) for one, source in mixed.items()]
+            self._answer(using, shared, is_whole)
+            alone = self._with_last_attempts(using, mixed, due, soon)
+        return Seen(list(due), alone, expired)
+
+    def _with_last_attempts(
+        self, using: str, sources: dict[Queue[Any], Source[Any]], due: Collection[str], soon: dt.datetime
+    ) -> list[str]:
+        """Return the names of those that have tasks on their last attempt, among the first that are due.
+
+        It takes two statements, which read more than others do. So while others are due, once a second only.
+        """
+        now = time.monotonic()
+        asked = [
+            queue
+            for queue in sources
+            if queue.name not in due or now >= self._look_for_last_at.get(queue.name, 0.0)
+        ]
+        if asked:
+            heads = engine_for(using).scalars([sources[queue].head(soon) for queue in asked])
+            found: dict[str, int] = {}
+            questions = [
+                (found, queue.name, queue.alone_in(sources[queue], head).any_due(soon))
+                for queue, head in zip(asked, heads, strict=True)
+            ]
+            self._answer(using, questions, is_whole=True)
+            for queue in asked:
+                self._look_for_last_at[queue.name] = now + _FOR_LAST_ATTEMPTS
+                self._has_last[queue.name] = queue.name in found
+        return [queue.name for queue in sources if self._has_last.get(queue.name)]
+
+    def _answer(self, using: str, asked: list[_Asked], is_whole: bool, is_usual: bool = False) -> None:
+        """Ask in one statement, from the bounds on if not all; note the answers, if there are any."""
+        parts = []
+        for _, name, question in asked:
+            ranges = [] if is_whole else self._bounds_of(name, question).ranges()
+            parts.append([question.between(*ends) for ends in ranges] or [question])
+        # Of which queues the others are asked is another one each time, and so are the ranges.
+        answers = engine_for(using).probe([part for some in parts for part in some], is_whole and is_usual)
+        left = iter(answers)
+        for (answered, name, question), some in zip(asked, parts, strict=True):
+            found = [first for first in islice(left, len(some)) if first is not None]
+            # Where there is nothing up to the last one, there is nothing to read again.
+            self._bounds_of(name, question).note([found[0] if found else question.last])
+            if found:
+                answered[name] = found[0]
+
+    def _bounds_of(self, name: str, question: Question) -> Bounds:
+        source = question.source
+        return self._bounds[name, question.state, source.below, source.at_least]
 
 
 class Outage:
@@ -242,3 +448,8 @@ class Outage:
         if was_away:
             logger.warning("The database %r answers again.", self._using)
         return was_away
+
+
+def _harmless(queue: Queue[Any]) -> float:
+    """Return for how long workers may stand still, or the time may jump, before a lease can run out."""
+    return max(queue.lease.total_seconds() / 3, _LONGEST_HICCUP)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -18,12 +19,17 @@ from typing import Any
 import django
 from django.apps import apps
 
+from modelqueue.engines import full_since
 from modelqueue.queues import declared_queues
+from modelqueue.worker.bell import Bell
+from modelqueue.worker.board import Board
 from modelqueue.worker.claimer import Claimer
 from modelqueue.worker.completer import Completer
+from modelqueue.worker.limits import Limits
 from modelqueue.worker.loop import Loop
+from modelqueue.worker.names import name_sessions
 from modelqueue.worker.options import Options
-from modelqueue.worker.running import Register
+from modelqueue.worker.running import Claimed, Register
 from modelqueue.worker.slots import Lane, Slots
 from modelqueue.worker.system import end_without_fail, leave_stop_signals_to_the_supervisor, memory
 from modelqueue.worker.threads import Threads
@@ -38,38 +44,46 @@ _TICK = 0.1
 #: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end,
 #: and the database to take the last outcomes. The first two have so many at most, to leave some to the rest.
 _LAST_MOMENTS, _ONE_MOMENT = 2.0, 1.0
+#: Seconds without a task after which a process that runs them alone is not needed any more.
+_LONGEST_IDLE = 30.0
 #: Seconds beyond that to see what is left. All this has to be well below what the supervisor allows beyond
 #: the grace time, or the process is killed before it has said what it leaves.
 _LAST_RENEWALS = 0.5
 
 
-def main(options: Options, pipe: Connection[Any, Any]) -> None:
+def main(options: Options, pipe: Connection[Any, Any], board: Board, bell: Bell) -> None:
     """Be a process of a worker, until its end."""
     leave_stop_signals_to_the_supervisor()
     if not apps.ready:
         django.setup()
     show_log_lines(options.verbosity)
-    Process(options, pipe).run()
+    name_sessions(options.version, (queue for queue in declared_queues() if queue.name in options.names))
+    Process(options, pipe, board, bell).run()
     end_without_fail(_ONE_MOMENT)
 
 
 class Process:
-    def __init__(self, options: Options, pipe: Connection[Any, Any]) -> None:
+    def __init__(self, options: Options, pipe: Connection[Any, Any], board: Board, bell: Bell) -> None:
         self._options = options
         self._pipe = pipe
+        #: The claimer has something to say, too.
+        self._speaking = threading.Lock()
         queues = [queue for queue in declared_queues() if queue.name in options.names]
         if gone := sorted(set(options.names) - {queue.name for queue in queues}):
             logger.error(
                 "The code has no queue any more of the name %s. Restart the worker.", ", ".join(gone)
             )
-        lanes = [Lane(queue, options.threads) for queue in queues]
-        self._slots = Slots(lanes, options.threads, options.max_tasks)
-        self._register = Register(self._slots)
+        if options.alone:
+            queues = [queue for queue in queues if queue.has_last_attempts]
+        lanes = [Lane(queue, options.threads, options.alone) for queue in queues]
+        self._slots = Slots(lanes, options.threads, options.max_tasks, options.alone, bell)
+        self._register = Register(self._slots, board, self._tell_claimed)
         self._completer = Completer(self._register)
-        self._threads = Threads(self._register, self._completer)
+        self._threads = Threads(self._register, self._completer, options.threads)
         self._loop = Loop(self._completer)
         self._claimer = Claimer(self._slots, self._register, self._threads, self._loop, self._completer)
-        self._began = time.monotonic()
+        self._limits = Limits(self._register, self._threads, self._loop)
+        self._began = self._worked_at = self._reported_at = time.monotonic()
         #: Not all processes of a worker at once.
         self._lives = math.inf if options.max_seconds is None else options.max_seconds * _jitter()
         self._deadline: float | None = None
@@ -85,11 +99,20 @@ class Process:
             self._receive(_TICK)
             self._report()
             self._end_if_broken()
+            self._enforce_limits()
+            self._threads.give_back_what_waits()
             if self._deadline is None and (reason := self._reason_to_be_replaced()):
                 self._send("full", reason)
                 self._deadline = math.inf  # what it runs may end, however long it takes
         if self._claimer.is_started:
             self._stop()
+
+    def _enforce_limits(self) -> None:
+        """Claim no more once an action can not be ended, but by the end of this process."""
+        if overdue := self._limits.enforce():
+            self._send("overdue", [running.number for running in overdue])
+            if self._deadline is None:
+                self._deadline = math.inf  # until the supervisor says how long the others have
 
     def _end_if_broken(self) -> None:
         """End, to be replaced, rather than go on with a part of it dead: its tasks are recovered."""
@@ -114,23 +137,34 @@ class Process:
             return
         if message == "due":
             self._slots.want(*arguments)
-        elif message == "recover":
-            self._slots.recover(*arguments)
         elif message == "stop":
             (grace,) = arguments
             self._deadline = time.monotonic() + grace
         self._send("answer", self._slots.running)
 
     def _send(self, *message: Any) -> None:
-        with suppress(OSError):  # the supervisor is gone, which `_receive` finds out
+        with suppress(OSError), self._speaking:  # the supervisor is gone, which `_receive` finds out
             self._pipe.send(message)
+
+    def _tell_claimed(self, claimed: list[Claimed]) -> None:
+        try:
+            self._send("claimed", claimed)
+        except Exception as error:  # a primary key of a class that can not be pickled
+            logger.debug("%s: its claims can not be told: %s", claimed[0].queue, error)
 
     def _report(self) -> None:
         if ended := self._register.report():
             self._send("ended", dict(ended))
+        full, self._reported_at = full_since(self._reported_at), time.monotonic()
+        if full:
+            self._send("no room", full)
 
     def _reason_to_be_replaced(self) -> str | None:
         options = self._options
+        if self._slots.running:
+            self._worked_at = time.monotonic()
+        if options.alone and time.monotonic() - self._worked_at > _LONGEST_IDLE:
+            return "has no last attempts to run any more"
         if self._slots.is_used_up:  # what it still runs may take long
             return f"has run {options.max_tasks} task{'' if options.max_tasks == 1 else 's'}"
         if time.monotonic() - self._began >= self._lives:
@@ -147,6 +181,8 @@ class Process:
         while not self._has_ended() and time.monotonic() < (self._deadline or 0.0):
             self._receive(0)
             self._report()
+            self._enforce_limits()
+            self._threads.give_back_what_waits()
             if self._deadline == math.inf:  # else it ends soon, and what is left is given back
                 self._end_if_broken()
         deadline = time.monotonic() + _LAST_MOMENTS
@@ -157,10 +193,9 @@ class Process:
         self._completer.stop(deadline - time.monotonic())
         self._claimer.join(deadline - time.monotonic())  # what it claims after this, nobody would give back
         self._report()
-        if left := self._register.left(deadline + _LAST_RENEWALS - time.monotonic()):
-            self._send("left", left)
+        if self._register.let_go(deadline + _LAST_RENEWALS - time.monotonic()):
             logging.shutdown()
-            os._exit(0)  # with its actions, which nothing else ends
+            os._exit(0)  # with its actions, which nothing else ends; the supervisor gives them back
         self._threads.stop()
 
     def _has_ended(self) -> bool:

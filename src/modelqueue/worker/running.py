@@ -2,61 +2,142 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import itertools
+import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from modelqueue.attempts import Attempt
 from modelqueue.engines import Candidate
+from modelqueue.exceptions import TimedOut
 from modelqueue.status import Status
+from modelqueue.worker.board import Board
 from modelqueue.worker.slots import Lane, Slots
 
-__all__ = ["Left", "Register", "Running"]
+__all__ = ["Claimed", "Register", "Running"]
 
 
 class Running:
     """A task that was claimed, and what is known of it."""
 
-    def __init__(self, lane: Lane, attempt: Attempt[Any]) -> None:
+    def __init__(self, lane: Lane, attempt: Attempt[Any], number: int, place: int | None = None) -> None:
         self.lane = lane
         self.attempt = attempt
+        #: By which its supervisor knows it.
+        self.number = number
+        #: Where it stands on the board; None: that is full.
+        self.place = place
+        #: Since when it waits for a thread, by the monotonic clock; infinity: it does not.
+        self.waits_since = math.inf
+        self._turn = threading.Lock()
+        #: When its action will have taken too long, by the monotonic clock; infinity: it is not under way.
+        self.limit = math.inf
+        self._began: float | None = None
+        #: How long its action has taken.
+        self.seconds: float | None = None
+        #: When it was interrupted because of that.
+        self.interrupted_at: float | None = None
+        #: Did it go on for long in spite of that?
+        self.is_overdue = False
+
+    @property
+    def timeout(self) -> dt.timedelta:
+        return self.lane.queue.policy.timeout
+
+    def take(self) -> bool:
+        """Say to one alone, and once, that it may begin with it, or give it back."""
+        return self._turn.acquire(blocking=False)
+
+    def action_begins(self) -> None:
+        """From here on it takes time."""
+        self._began = time.monotonic()
+        self.limit = self._began + self.timeout.total_seconds()
+
+    def action_has_ended(self) -> None:
+        self.limit = math.inf
+        if self._began is not None:
+            self.seconds = time.monotonic() - self._began
+
+    def timed_out(self) -> TimedOut:
+        """Return what its attempt has failed with if its action was interrupted as it took too long."""
+        return TimedOut(f"the action took longer than its timeout of {self.timeout}")
 
     def __str__(self) -> str:
         return f"{self.lane.queue.name} {self.attempt.claim.row.pk}"
 
 
-class Left(NamedTuple):
-    """A task that a process could not bring to its end: what it takes to give it back."""
+class Claimed(NamedTuple):
+    """What a process says of a task that its board can not name: what it takes to give it back."""
 
+    place: int
+    number: int
     queue: str
     row: Candidate
-    leases: set[Status]
+    """As it was before the claim."""
 
 
 class Register:
     """All that a process is working on, and how what it had before has ended."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, board: Board, tell: Callable[[list[Claimed]], None]) -> None:
         self._slots = slots
+        self._board = board
+        self._tell = tell
+        self._numbers = itertools.count(1)
         self._running: set[Running] = set()
         self._changed = threading.Condition()
         #: Attempts by outcome since the last report.
         self._ended: Counter[str] = Counter()
 
-    def add(self, lane: Lane, attempt: Attempt[Any]) -> Running:
-        running = Running(lane, attempt)
-        with self._changed:
-            self._running.add(running)
-        return running
+    def claim(self) -> AbstractContextManager[None]:
+        """Return what is to be around a claim, and around the `add` of what it took."""
+        return self._board.claim()
 
-    def end(self, running: Running, how: str) -> None:
-        """The outcome of a task is written (or, with `how` "lost", never will be by us)."""
+    def add(self, lane: Lane, attempts: list[Attempt[Any]]) -> list[Running]:
+        """Note that these tasks are claimed, where the supervisor can read it, or tell him."""
+        added, told = list[Running](), list[Claimed]()
+        for attempt in attempts:
+            number, queue, claim = next(self._numbers), lane.queue.name, attempt.claim
+            place = self._board.take(number, claim.lease, queue, claim.row)
+            if place is not None and not self._board.can_name(claim.row):
+                told.append(Claimed(place, number, queue, claim.row))
+            added.append(Running(lane, attempt, number, place))
         with self._changed:
-            self._running.discard(running)
-            self._ended[how] += 1
+            self._running.update(added)
+        if told:
+            self._tell(told)
+        return added
+
+    def begin(self, running: Running) -> None:
+        """The action of a task is called next: from here on its attempt is charged if this process dies."""
+        if running.place is not None:
+            self._board.begin(running.place)
+
+    def renew(self, running: Running, stored: Status, renewed: Status) -> None:
+        """The lease of a task is about to become another."""
+        if running.place is not None:
+            self._board.renew(running.place, stored, renewed)
+
+    def end(self, ended: Sequence[tuple[Running, str]]) -> None:
+        """The outcomes of tasks are written, each by how it has ended ("lost": never will be by us)."""
+        for running, _ in ended:
+            if running.place is not None:
+                self._board.free(running.place)
+        with self._changed:
+            self._running.difference_update(running for running, _ in ended)
+            self._ended.update(how for _, how in ended)
             self._changed.notify_all()
-        self._slots.freed(running.lane)
+        self._slots.freed([(running.lane, running.seconds) for running, _ in ended])
+
+    def running(self) -> list[Running]:
+        """Return all that is claimed and has not ended."""
+        with self._changed:
+            return list(self._running)
 
     def report(self) -> Counter[str]:
         """Return how the attempts since the last report have ended."""
@@ -69,16 +150,15 @@ class Register:
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, max(0.0, seconds))
 
-    def left(self, seconds: float) -> list[Left]:
-        """Return what is still under way, and will be for ever: its leases are not renewed any more.
+    def let_go(self, seconds: float) -> bool:
+        """Renew the leases of what is still under way no more; return whether there is something.
 
         Args:
             seconds: how long to wait at most, all in all, for renewals that are under way.
         """
         deadline = time.monotonic() + seconds
-        with self._changed:
-            running = list(self._running)
+        running = self.running()
         for one in running:
             if one.attempt.renewal is not None:
                 one.attempt.renewal.end(max(0.0, deadline - time.monotonic()))
-        return [Left(one.lane.queue.name, one.attempt.claim.row, set(one.attempt.leases)) for one in running]
+        return bool(running)

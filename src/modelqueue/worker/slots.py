@@ -14,31 +14,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelqueue.queues import Queue
+from modelqueue.worker.bell import Bell
+from modelqueue.worker.bounds import Bounds, Sweeps
 from modelqueue.worker.options import ASYNC_SLOTS
-from modelqueue.worker.suspects import Suspects
 
-__all__ = ["Lane", "Slots", "Turn"]
+__all__ = ["Lane", "Slots", "Turn", "most_at_a_time"]
 
 #: Tasks of an async queue that one claim takes at most, so that the others get their turn.
-_MOST = 50
+_MOST = 48
+#: Tasks of a queue that may be claimed beyond the free slots, and for how many seconds they may last at most,
+#: as other processes would not have them wait.
+_MOST_AHEAD, _LONGEST_AHEAD = 512, 0.05
+#: Up to here a claim may take any number.
+_SMALL = 8
+#: How much the newest measurement counts.
+_WEIGHT = 0.1
 
 
 class Lane:
     """A queue in this process."""
 
-    def __init__(self, queue: Queue[Any], threads: int) -> None:
+    def __init__(self, queue: Queue[Any], threads: int, alone: bool = False) -> None:
         self.queue = queue
+        self.source = queue.alone if alone else queue.shared
         self.is_async = queue.is_async
         if queue.is_async:
             self.slots = queue.slots or ASYNC_SLOTS
         else:
             self.slots = min(queue.slots or threads, threads)
         self.running = 0
+        #: Tasks that may be claimed beyond the slots: as many as are run while the next ones are claimed.
+        self.ahead = 0
+        #: What one task costs: that is not known before the first has ended.
+        self._seconds: float | None = None
+        #: Not where the first attempt is the last: the death of a machine would cancel what has not begun.
+        self._may_be_ahead = (
+            not (queue.is_async or alone or queue.policy.retry == 0) and self.slots == threads
+        )
         #: Is there perhaps something due?
         self.is_wanted = True
-        #: From when on to look for something to recover, by the monotonic clock.
-        self.recover_at = math.inf
-        self.suspects = Suspects()
+        #: Where its claims begin, and whether the last one has found less than it might have taken.
+        self.bounds, self.sweeps, self.was_idle = Bounds(), Sweeps(), True
         #: When it may have its next turn, by the monotonic clock, as the last one has failed.
         self.not_before = 0.0
 
@@ -46,66 +62,76 @@ class Lane:
     def free(self) -> int:
         return self.slots - self.running
 
+    def note_task(self, seconds: float) -> None:
+        """An action has taken so long."""
+        known = seconds if self._seconds is None else self._seconds
+        self._seconds = known + (seconds - known) * _WEIGHT
+
+    def note_wait(self) -> None:
+        """What was claimed ahead was not begun in time: claim no more ahead until tasks are short again."""
+        self.note_task(1.0)
+        self.ahead = 0
+
+    def note_claim(self, seconds: float) -> None:
+        """A claim has taken so long: decide how many tasks it takes to be busy during two such."""
+        if self._may_be_ahead and self._seconds is not None:
+            each = max(self._seconds / self.slots, 1e-6)
+            self.ahead = int(min(2 * seconds / each, _LONGEST_AHEAD / each, _MOST_AHEAD))
+
 
 @dataclass(frozen=True)
 class Turn:
-    """What to do next: recover tasks of a queue, or claim up to `limit` of them."""
+    """What to do next: claim up to `limit` tasks of a queue."""
 
     lane: Lane
     limit: int
-    """0: recover."""
-
-    @property
-    def is_recovery(self) -> bool:
-        return self.limit == 0
 
 
 class Slots:
     """The slots of a process, shared by its claimer and those who run and complete tasks."""
 
-    def __init__(self, lanes: list[Lane], threads: int, most_tasks: int | None = None) -> None:
+    def __init__(
+        self,
+        lanes: list[Lane],
+        threads: int,
+        most_tasks: int | None = None,
+        alone: bool = False,
+        bell: Bell | None = None,
+    ) -> None:
         self._lanes = lanes
         #: How many more tasks may be claimed at all: less what a claim under way may take, and as it is.
         self._left = self._unclaimed = math.inf if most_tasks is None else most_tasks
         self._by_name = {lane.queue.name: lane for lane in lanes}
-        self._was_recovery = False
-        self._threads = self._free_threads = threads
-        self._changed = threading.Condition()
+        self._threads = threads
+        #: Does one task run at a time, whatever its queue?
+        self._is_alone = alone
+        self._lock = threading.RLock()
+        #: Wakes who waits for the next turn; the supervisor rings it, too.
+        self._bell = bell or Bell([])
+        self._is_waiting = False
         self._is_stopped = False
-
-    @property
-    def lanes(self) -> list[Lane]:
-        with self._changed:
-            return list(self._lanes)
 
     def want(self, names: Iterable[str]) -> None:
         """Note that these queues may have due tasks."""
-        with self._changed:
-            for lane in self._known(names):
-                lane.is_wanted = True
-            self._changed.notify()
+        with self._lock:
+            self._want(names)
+            self._wake()
 
-    def recover(self, names: Iterable[str]) -> None:
-        """Note that these queues may have abandoned tasks."""
-        with self._changed:
-            for lane in self._known(names):
-                lane.recover_at = 0.0
-            self._changed.notify()
+    def _want(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._by_name:  # it may be gone from the code since the supervisor has read it
+                self._by_name[name].is_wanted = True
 
-    def look_twice(self, lane: Lane) -> None:
-        """After a recovery: have another, if it has seen something for the first time."""
-        with self._changed:
-            lane.recover_at = min(lane.recover_at, lane.suspects.look_at)
-
-    def _known(self, names: Iterable[str]) -> list[Lane]:
-        # A queue may be gone from the code since the supervisor has read it.
-        return [self._by_name[name] for name in names if name in self._by_name]
+    def _wake(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._bell.ring()
 
     def stop(self) -> None:
         """There is no further turn."""
-        with self._changed:
+        with self._lock:
             self._is_stopped = True
-            self._changed.notify()
+            self._wake()
 
     @property
     def is_stopped(self) -> bool:
@@ -114,100 +140,122 @@ class Slots:
     def next(self, seconds: float = math.inf) -> Turn | None:
         """Wait for the next turn, and reserve its slots; None: there is none, or none so soon."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            while not self._is_stopped:
+        while True:
+            with self._lock:  # or nobody might ring for a stop that comes just now
+                if self._is_stopped:
+                    return None
+                self._is_waiting = False
+                self._want(self._bell.heard())
                 if (turn := self._choose()) is not None:
-                    self._was_recovery = turn.is_recovery
                     return turn
                 now = time.monotonic()
                 if now >= deadline:
                     return None
                 moments = [lane.not_before for lane in self._lanes if lane.not_before > now]
-                looks = [max(lane.recover_at, lane.not_before) for lane in self._lanes]
-                moment = min([deadline, *moments, *looks])
-                self._changed.wait(None if moment == math.inf else moment - now)
-        return None
+                moment = min([deadline, *moments])
+                self._is_waiting = True
+            self._bell.wait(None if moment == math.inf else moment - now)
 
     def _choose(self) -> Turn | None:
+        if self._left <= 0 or (self._is_alone and self.running):
+            return None
         now = time.monotonic()
         ready = [lane for lane in self._lanes if lane.not_before <= now]
-        # In turns: there may be very many to recover, and very many due.
-        choices = [self._choose_recovery, self._choose_claim]
-        for choose in reversed(choices) if self._was_recovery else choices:
-            if (turn := choose(ready)) is not None:
-                return turn
-        return None
-
-    def _choose_recovery(self, ready: list[Lane]) -> Turn | None:
-        for lane in ready:
-            if lane.recover_at <= time.monotonic():
-                lane.recover_at = math.inf
-                return Turn(lane, 0)
-        return None
-
-    def _choose_claim(self, ready: list[Lane]) -> Turn | None:
-        if self._left <= 0:
-            return None
-        wanted = [lane for lane in ready if lane.is_wanted and lane.free > 0]
-        able = [lane for lane in wanted if lane.is_async or self._free_threads > 0]
+        wanted = [lane for lane in ready if lane.is_wanted and lane.free + lane.ahead > 0]
+        sharing = max(sum(not one.is_async for one in wanted), 1)
+        share = -(-self._threads // sharing)
+        able = [lane for lane in wanted if self._most(lane, share, sharing) > 0]
         if not able:
             return None
-        sharing = sum(not one.is_async for one in wanted)
-        share = -(-self._threads // max(sharing, 1))
         below = [lane for lane in able if lane.is_async or lane.running < share]
         lane = (below or able)[0]
         self._lanes.remove(lane)
         self._lanes.append(lane)
-        most = _MOST if lane.is_async else min(max(share - lane.running, 1), self._free_threads)
-        limit = int(min(lane.free, most, self._left))
+        limit = 1 if self._is_alone else _few_sizes(int(min(self._most(lane, share, sharing), self._left)))
         lane.is_wanted = False  # unless somebody says so meanwhile
         self._take(lane, limit)
         self._left -= limit
         return Turn(lane, limit)
 
-    def claimed(self, turn: Turn, count: int) -> None:
-        """Give back the slots of a turn that were not needed; a turn that was used up is not the last."""
-        with self._changed:
+    def _most(self, lane: Lane, share: int, sharing: int) -> int:
+        """Return how many tasks of a queue that shares the threads with others may be claimed next."""
+        if lane.is_async:
+            return min(lane.free, _MOST)
+        free = self._threads - sum(self._taken(one, share) for one in self._lanes if one is not lane)
+        free -= lane.running
+        ahead = lane.ahead // sharing
+        if ahead and free + ahead < (self._threads + ahead) / 2:  # few at a time would cost as much as many
+            return 0
+        return min(lane.free + ahead, max(share - lane.running, 1) + ahead, free + ahead)
+
+    def _taken(self, lane: Lane, share: int) -> int:
+        """Return how many threads a queue holds up; what is claimed ahead does not take long."""
+        if lane.is_async:
+            return 0
+        return min(lane.running, share) if lane.ahead else lane.running
+
+    def claimed(self, turn: Turn, count: int, seconds: float | None = None) -> None:
+        """Give back the slots of a turn that were not needed; a turn that was used up is not the last.
+
+        Args:
+            seconds: how long the claim has taken.
+        """
+        with self._lock:
+            if seconds is not None:
+                turn.lane.note_claim(seconds)
             self._take(turn.lane, count - turn.limit)
             self._left += turn.limit - count
             self._unclaimed -= count
             if count == turn.limit:
                 turn.lane.is_wanted = True
-            self._changed.notify()
+            self._wake()
 
     def failed(self, turn: Turn, pause: float) -> None:
-        """Put a turn off that has failed, by so many seconds; other queues have theirs meanwhile.
-
-        A claim is tried again then. A recovery only when its supervisor says so, who holds it back after an
-        outage: then all leases have expired.
-        """
-        with self._changed:
+        """Put a turn off that has failed, by so many seconds; other queues have theirs meanwhile."""
+        with self._lock:
             self._take(turn.lane, -turn.limit)
             self._left += turn.limit
             turn.lane.not_before = time.monotonic() + pause
-            if not turn.is_recovery:
-                turn.lane.is_wanted = True
-            self._changed.notify()
+            turn.lane.is_wanted = True
+            self._wake()
 
     @property
     def is_used_up(self) -> bool:
         """Whether as many tasks were claimed as may be at all."""
-        with self._changed:
+        with self._lock:
             return self._unclaimed <= 0
 
-    def freed(self, lane: Lane) -> None:
-        """A task has ended."""
-        with self._changed:
-            self._take(lane, -1)
-            self._changed.notify()
+    def freed(self, ended: Iterable[tuple[Lane, float | None]]) -> None:
+        """Tasks of these queues have ended, whose actions have taken so long."""
+        with self._lock:
+            for lane, seconds in ended:
+                self._take(lane, -1)
+                if seconds is not None:
+                    lane.note_task(seconds)
+            self._wake()
 
     def _take(self, lane: Lane, count: int) -> None:
         lane.running += count
-        if not lane.is_async:
-            self._free_threads -= count
 
     @property
     def running(self) -> int:
         """How many slots are taken, by tasks or by a claim that is under way."""
-        with self._changed:
+        with self._lock:
             return sum(lane.running for lane in self._lanes)
+
+
+def _few_sizes(limit: int) -> int:
+    """Return the next smaller one of few sizes of a claim.
+
+    What a claim takes stands in its statement, which is compiled, and planned by the database, once for each.
+    That costs as much as the claim itself.
+    """
+    half = 1 << max(limit.bit_length() - 2, 0)  # 8, 12, 16, 24, 32, 48, ...
+    return limit if limit <= _SMALL else limit // half * half
+
+
+def most_at_a_time(queues: Iterable[Queue[Any]], threads: int) -> int:
+    """Return how many tasks a process may have in hand."""
+    lanes = [Lane(queue, threads) for queue in queues]
+    # Each queue may be ahead: another one may have claimed when this one wanted nothing.
+    return threads + sum(lane.slots if lane.is_async else lane.slots + _MOST_AHEAD for lane in lanes)

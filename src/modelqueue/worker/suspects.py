@@ -21,20 +21,20 @@ _SHORTEST, _LONGEST = 1.5, 10.0
 
 
 class Suspects:
-    """Those of one queue, in one process."""
+    """Those of one queue."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, Status], float] = {}
-        #: When to look again, by the monotonic clock; infinity: nothing was seen for the first time.
+        #: When to look again, by the monotonic clock; infinity: nothing waits for its second look.
         self.look_at = math.inf
 
     def confirm(self, row: Candidate) -> bool:
         """Note that a row is expired and free; return whether it was so a moment ago, too."""
         now = time.monotonic()
-        since = now - self._seen.setdefault((row.key, row.status), now)
-        if since < _SHORTEST:
-            self.look_at = now + _SHORTEST
-        return since >= _SHORTEST
+        look_at = self._seen.setdefault((row.key, row.status), now) + _SHORTEST
+        if now < look_at:
+            self.look_at = min(self.look_at, look_at)
+        return now >= look_at
 
     def begin(self) -> None:
         """Before each look: what was seen long ago says nothing of now."""

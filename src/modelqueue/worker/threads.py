@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import Error
 
 from modelqueue.attempts import AtomicAttempt
-from modelqueue.engines import engine_for
-from modelqueue.exceptions import Interrupted
+from modelqueue.engines import Engine, end_queries_of, engine_for
+from modelqueue.exceptions import Interrupted, TimedOut
 from modelqueue.worker.completer import Completer
 from modelqueue.worker.running import Register, Running
 from modelqueue.worker.system import interrupt_thread
@@ -29,13 +32,16 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds without a task after which a thread looks which of its connections are to be closed.
 _IDLE = 1.0
+#: Seconds that a task waits for a thread at most.
+_LONGEST_WAIT = 1.0
 
 
 class Threads:
     """The threads of a process in which actions are called."""
 
-    def __init__(self, register: Register, completer: Completer) -> None:
+    def __init__(self, register: Register, completer: Completer, most: int) -> None:
         self._register = register
+        self._most = most
         self._completer = completer
         self._claimed: SimpleQueue[Running | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -44,21 +50,35 @@ class Threads:
         self._is_interrupted = False
 
     def submit(self, running: Running) -> None:
-        """Run the action of a claimed task; there is a free slot for it."""
+        """Run the action of a claimed task, or do so soon, when one that runs has ended."""
         with self._lock:
-            if self._idle > 0:
-                self._idle -= 1
-            else:
+            if self._idle <= 0 and len(self._threads) < self._most:
                 thread = _Thread(self)
                 thread.start()  # which fails where the system gives no more
                 self._threads.append(thread)
+                self._idle += 1
+            self._idle -= 1
+        running.waits_since = time.monotonic()
         self._claimed.put(running)
+
+    def give_back_what_waits(self) -> None:
+        """Give back what was claimed ahead and waits for long: other processes may have a thread for it."""
+        begin = time.monotonic() - _LONGEST_WAIT
+        for running in self._register.running():
+            if running.waits_since < begin and running.take():
+                running.lane.note_wait()
+                self._completer.put(running, Interrupted("It waited for a thread for too long."))
 
     def interrupt(self) -> None:
         """Raise `Interrupted` in all actions that are being run."""
         self._is_interrupted = True
         for thread in self._threads:
-            thread.interrupt()
+            thread.interrupt(Interrupted)
+
+    def time_out(self, running: Running) -> None:
+        """Raise `TimedOut` in the action of one task."""
+        for thread in self._threads:
+            thread.interrupt(TimedOut, running)
 
     def stop(self) -> None:
         """Let the threads end that are idle."""
@@ -73,19 +93,28 @@ class Threads:
             except Empty:
                 _close_old_connections()
 
-    def run(self, running: Running, guard: Callable[[Any], object]) -> None:
-        """Run one task; never raises."""
+    def run(self, running: Running, guard: Callable[[Any], object], engine: Engine) -> None:
+        """Run one task, unless it was given back meanwhile; never raises."""
+        if running.take():  # before that it may be another thread's
+            running.attempt.engine = engine
+            self._run(running, guard)
+        with self._lock:
+            self._idle += 1
+
+    def _run(self, running: Running, guard: Callable[[Any], object]) -> None:
         attempt = running.attempt
-        attempt.engine = engine_for(attempt.source.using)  # that of this thread
+        own = attempt.engine.connection  # which it is no more once its outcome is to be written
         try:
-            if self._is_interrupted:  # before it has begun
+            if self._is_interrupted or not attempt.is_held:  # before it has begun
                 self._completer.put(running, Interrupted())
             elif isinstance(attempt, AtomicAttempt):
+                self._register.begin(running)
                 outcome = attempt.process(guard)
                 self._finish(running, outcome.ending)
             elif attempt.task is None:
                 self._completer.put(running, attempt.claim.error)
             else:
+                self._register.begin(running)
                 self._completer.put(running, attempt.act(guard, attempt.task))
         except BaseException as error:  # with atomic=True
             if isinstance(error, Error) and (attempt.decided is not None or attempt.failure is not None):
@@ -95,14 +124,12 @@ class Threads:
             else:
                 logger.exception("%s: its outcome can not be written; it is left to its recovery.", running)
                 self._finish(running, "lost")
-        self._restore_others(running)
-        _close_old_connections(is_idle=False)
-        with self._lock:
-            self._idle += 1
+        self._restore_others(running, own)
 
-    def _restore_others(self, running: Running) -> None:
-        """Leave the connections to other databases fit for the next action of this thread."""
-        for connection in connections.all(initialized_only=True):
+    def _restore_others(self, running: Running, own: BaseDatabaseWrapper) -> None:
+        """Leave the connections to other databases, and those that are old, fit for the next action."""
+        # To ask Django which there are takes as long as all else here.
+        for connection in [own] if len(connections.settings) == 1 else connections.all(initialized_only=True):
             using = connection.alias
             if using != running.attempt.source.using and engine_for(using).restore_connection():
                 logger.error(
@@ -110,46 +137,116 @@ class Threads:
                     running,
                     using,
                 )
+            _close_if_old(connection, is_idle=False)
 
     def _finish(self, running: Running, how: str) -> None:
         running.attempt.engine.give_way()
-        self._register.end(running, how)
+        self._register.end([(running, how)])
+
+
+class _Call:
+    """One call of an action, in which alone its thread may be interrupted, and once at most.
+
+    Without a lock that the thread would have to wait for: what is raised there might come just then, and
+    leave it locked.
+    """
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self._ident = threading.get_ident()
+        #: Taken by who comes first, the end of the action or an interruption, and never given back.
+        self._turn = threading.Lock()
+        self._is_sent = False
+
+    def interrupt(self, error: type[BaseException]) -> None:
+        if self._turn.acquire(blocking=False):
+            interrupt_thread(self._ident, error)
+            self._is_sent = True
+
+    def run(self, task: Any) -> object:
+        is_called = False
+        try:
+            self.running.action_begins()
+            is_called = True
+            try:
+                return self.running.lane.queue.action(task)
+            finally:
+                if not self._turn.acquire(blocking=False):
+                    while not self._is_sent:
+                        time.sleep(0.001)
+                    time.sleep(0)  # if it did not come in the action, it does so here at last
+        except (Interrupted, TimedOut) as error:
+            if not is_called or not _is_raised_here(error):
+                if isinstance(error, TimedOut):
+                    error.args = self.running.timed_out().args
+                raise
+            ended_with = error.__context__
+        finally:
+            self.running.action_has_ended()
+        if ended_with is not None:  # just when it was to be interrupted
+            raise ended_with
+        return None
 
 
 class _Thread(threading.Thread):
     def __init__(self, threads: Threads) -> None:
         super().__init__(name="modelqueue-action", daemon=True)
         self._threads = threads
-        self._lock = threading.Lock()
-        self._is_acting = False
+        #: The latest.
+        self._call: _Call | None = None
+        self._engines: dict[str, Engine] = {}
 
     def run(self) -> None:
         try:
             while (running := self._threads.wait()) is not None:
-                action = running.lane.queue.action
-
-                def guard(task: Any, action: Callable[[Any], object] = action) -> object:
-                    """Call the action, in which alone this thread may be interrupted."""
-                    with self._lock:
-                        self._is_acting = True
-                    try:
-                        return action(task)
-                    finally:
-                        with self._lock:
-                            self._is_acting = False
-
-                self._threads.run(running, guard)
+                engine = self._engine_for(running.attempt.source.using)
+                self._threads.run(running, partial(self._act, running), engine)
+                if running.interrupted_at is not None:  # nobody knows in the midst of what
+                    _close_connections()
         finally:
             connections.close_all()
 
-    def interrupt(self) -> None:
-        with self._lock:
-            if self._is_acting and self.ident is not None:
-                interrupt_thread(self.ident, Interrupted)
+    def _engine_for(self, using: str) -> Engine:
+        if using not in self._engines:
+            self._engines[using] = engine_for(using)
+        self._engines[using].forget()
+        return self._engines[using]
+
+    def _act(self, running: Running, task: Any) -> object:
+        self._call = call = _Call(running)
+        try:
+            return call.run(task)
+        except BaseException as error:
+            used = [engine_for(connection.alias) for connection in connections.all(initialized_only=True)]
+            # The error is kept until its outcome is written; the connections of who was interrupted are not.
+            if running.interrupted_at is not None or any(engine.locks_by_reading for engine in used):
+                end_queries_of(error)
+            raise
+
+    def interrupt(self, error: type[BaseException], running: Running | None = None) -> None:
+        """Raise an exception in its action; if one is given, in that of this task alone."""
+        call = self._call
+        if call is not None and running in (None, call.running):
+            call.interrupt(error)
 
 
-def _close_old_connections(is_idle: bool = True) -> None:
+def _is_raised_here(error: BaseException) -> bool:
+    """Say, where an error is caught, whether that function has raised it, and none that it has called."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+
+
+def _close_connections() -> None:
     for connection in connections.all(initialized_only=True):
         with suppress(Exception):  # of one that is dead
-            if is_idle or connection.settings_dict["CONN_MAX_AGE"]:
-                connection.close_if_unusable_or_obsolete()
+            connection.close()
+
+
+def _close_old_connections() -> None:
+    for connection in connections.all(initialized_only=True):
+        _close_if_old(connection)
+
+
+def _close_if_old(connection: BaseDatabaseWrapper, is_idle: bool = True) -> None:
+    with suppress(Exception):  # of one that is dead
+        if is_idle or connection.settings_dict["CONN_MAX_AGE"]:
+            connection.close_if_unusable_or_obsolete()

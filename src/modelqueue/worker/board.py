@@ -1,0 +1,125 @@
+"""What a process has in hand, in memory that it shares with its supervisor, who reads it when it is dead.
+
+For each task: which it is, whether its action has begun, and what its lease is. That costs some writes to
+memory, where messages would take longer than a short task itself; and what is written counts, however
+suddenly the process dies.
+
+Here are integers alone. A task with a key of another kind, or of whose row the claim has set more than its
+status, the process names once by their pipe, before it begins with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from modelqueue.engines import Candidate
+from modelqueue.status import Status
+from modelqueue.worker.system import context
+
+__all__ = ["Board", "Note"]
+
+#: Integers for each task: its number, negative once its action has begun, what may stand in its row, and
+#: which it is: its queue, its row before the claim, and its key in the owner's table. Queue 0: see the pipe.
+_WIDTH = 7
+_NUMBER, _LEASE, _RENEWED, _QUEUE, _PK, _KEY, _STATUS = range(_WIDTH)
+#: What fits into an integer here, which has 64 bits.
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Note:
+    """What stands at one place: nothing where the number is 0."""
+
+    number: int
+    has_begun: bool
+    leases: frozenset[Status]
+    """The claim, or what was stored and what was to be stored when it was renewed last."""
+    queue: str | None
+    """The name of its queue; None: the process has named the task by the pipe."""
+    row: Candidate | None
+    """As it was before the claim."""
+
+
+class Board:
+    """Places for the tasks of one process.
+
+    Args:
+        places: how many tasks it may have in hand at a time; of more nothing is noted.
+        names: those of the queues that it serves.
+    """
+
+    def __init__(self, places: int, names: Iterable[str] = ()) -> None:
+        self._names = [None, *names]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        #: The first one: is a claim under way, of which nothing is known yet?
+        self._cells = context().RawArray("q", 1 + places * _WIDTH)
+        self._free = deque(range(places))
+
+    # In the process
+
+    def take(self, number: int, lease: Status, queue: str, row: Candidate) -> int | None:
+        """Note a claim under a number that is used once; return its place, if there is one."""
+        try:
+            place = self._free.popleft()
+        except IndexError:
+            return None
+        start, is_named = 1 + place * _WIDTH, self.can_name(row)
+        which = (self._numbers[queue], row.pk, row.key, row.status) if is_named else (0, 0, 0, 0)
+        self._cells[start + _LEASE : start + _WIDTH] = [lease, lease, *which]
+        self._set(place, _NUMBER, number)  # at last, as from here on all of it counts
+        return place
+
+    def can_name(self, row: Candidate) -> bool:
+        """Say whether a task can be named by integers, as it has to be named by the pipe else."""
+        keys = row.pk, row.key
+        return row.before is None and all(type(key) is int and _SMALLEST <= key <= _LARGEST for key in keys)
+
+    def begin(self, place: int) -> None:
+        """Note that an action begins, before it does."""
+        self._set(place, _NUMBER, -abs(self._get(place, _NUMBER)))
+
+    def renew(self, place: int, stored: Status, renewed: Status) -> None:
+        """Note what stands in a row and what is about to: both are its lease until its answer is known."""
+        self._set(place, _LEASE, stored)  # one of the two that are there, so at no time one is missing
+        self._set(place, _RENEWED, renewed)
+
+    def free(self, place: int) -> None:
+        """Note that a task has ended, once that is committed."""
+        self._set(place, _NUMBER, 0)
+        self._free.append(place)
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Note, around a claim until it is told, that there may be tasks of which nobody else knows."""
+        self._cells[0] = 1
+        yield
+        self._cells[0] = 0
+
+    # In the supervisor
+
+    @property
+    def is_all_told(self) -> bool:
+        """Say whether the process had told of all that it had claimed."""
+        return not self._cells[0]
+
+    def read(self, place: int) -> Note:
+        start = 1 + place * _WIDTH
+        number, lease, renewed, queue, pk, key, status = self._cells[start : start + _WIDTH]
+        row = Candidate(pk, key, Status(status)) if queue else None
+        leases = frozenset({Status(lease), Status(renewed)})
+        return Note(abs(number), number < 0, leases, self._names[queue], row)
+
+    def read_all(self) -> dict[int, Note]:
+        """Return what stands at each place that is taken."""
+        taken = range((len(self._cells) - 1) // _WIDTH)
+        return {place: self.read(place) for place in taken if self._get(place, _NUMBER)}
+
+    def _set(self, place: int, column: int, value: int) -> None:
+        self._cells[1 + place * _WIDTH + column] = value
+
+    def _get(self, place: int, column: int) -> int:
+        value: int = self._cells[1 + place * _WIDTH + column]
+        return value
