@@ -37,7 +37,7 @@ waiting; 0 priority; 0 attempts
 What is here:
 
 * the number: `State`, `Status`, `now`, `datetime_to_int`, `ONE_HOUR`, `ZERO_SECS`;
-* the model fields: `StatusField`, `ErrorField`;
+* for your models: `StatusField`, `ErrorField`, `QueueIndex`;
 * running tasks: `run`, `arun`, `enqueue`; `Retry`, `Abort`, `Cancel` for an action to raise; `backoff`;
 * declaring queues: `queue`, `Queue`, `declared_queues`; `current` inside an action;
 * watching: the signals `task_claimed`, `task_finished`, `task_recovered`, `lease_lost`; the logger
@@ -50,10 +50,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modelqueue import backoff
-from modelqueue import log as log  # connects its receivers
+from modelqueue import log as log  # begins to log
 from modelqueue.exceptions import Abort, Cancel, Retry
 from modelqueue.execution import Current, arun, current, run
 from modelqueue.fields import ErrorField, StatusField
+from modelqueue.indexes import QueueIndex
 from modelqueue.queues import Queue, declared_queues, queue
 from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, now
@@ -73,6 +74,7 @@ __all__ = [
     "Current",
     "ErrorField",
     "Queue",
+    "QueueIndex",
     "Retry",
     "State",
     "Status",

@@ -32,14 +32,21 @@ from modelqueue import signals
 from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
 from modelqueue.claim_values import Values, show
 from modelqueue.clock import now
-from modelqueue.engines import Claim, Place, engine_for
+from modelqueue.engines import Change, Claim, Engine, Place, end_queries_of, engine_for
 from modelqueue.fields import is_saved, set_loaded
 from modelqueue.outcomes import GIVEN_BACK, Outcome, Policy, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
-from modelqueue.threads import Kept, NotCalled, await_with_own_thread, call_in_own_thread, in_thread
+from modelqueue.threads import (
+    Kept,
+    NotCalled,
+    await_with_own_thread,
+    call_apart,
+    call_in_own_thread,
+    in_thread,
+)
 
-__all__ = ["AsyncAttempt", "AtomicAttempt", "Attempt", "Renewable", "running"]
+__all__ = ["SHORT_PATIENCE", "AsyncAttempt", "AtomicAttempt", "Attempt", "Renewable", "running"]
 
 M = TypeVar("M", bound=models.Model)
 T = TypeVar("T")
@@ -51,7 +58,7 @@ logger = logging.getLogger("modelqueue")
 _SOON = dt.timedelta(milliseconds=5)
 _LOOKS = 50
 #: Seconds for which an outcome is tried at a time if others wait for it.
-_SHORT_PATIENCE = 1.0
+SHORT_PATIENCE = 1.0
 
 _LEFT_OPEN = (
     "The action returned in the middle of a transaction, which was rolled back. "
@@ -79,16 +86,22 @@ class Renewable(Protocol):
     def resume(self) -> None:
         """Renew it again, as the outcome could not be written yet."""
 
+    def watch(self) -> None:
+        """Renew it again, but only if the lock that our transaction has on the row is gone."""
+
 
 class Attempt(Generic[M]):
     """A claimed task and what becomes of it: the steps in the order in which they are taken."""
 
-    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
+    def __init__(
+        self, source: Source[M], policy: Policy, claim: Claim[M], engine: Engine | None = None
+    ) -> None:
         self.source = source
         self.policy = policy
         self.claim = claim
         self.task = claim.task
-        self.engine = engine_for(source.using)
+        #: That of this thread, for who makes many: to ask for it takes long, see `engine_for`.
+        self.engine = engine or engine_for(source.using)
         #: Is it inside a transaction of the caller?
         self.is_outer = self.engine.is_inside_transaction()
         self.snapshot: Snapshot | None = None
@@ -108,7 +121,8 @@ class Attempt(Generic[M]):
         self.as_left: dict[str, Any] | None = None
         #: The declared queue that the task was claimed from.
         self.queue: Any = None
-        self.began = now()
+        #: When its action has begun, for `modelqueue.current`.
+        self.began: dt.datetime
 
     @property
     def lease(self) -> Status:
@@ -140,8 +154,7 @@ class Attempt(Generic[M]):
             error = self.claim.error if self.task is None else self.act(action, self.task)
             return self.record(self.decide(error))
         finally:
-            if self.renewal is not None:
-                self.renewal.end()
+            self.end_renewal()
 
     # Act
 
@@ -169,11 +182,54 @@ class Attempt(Generic[M]):
 
     def call_it(self, action: Callable[[M], object], task: M) -> BaseException | None:
         """Call the action, in which `running` is this attempt; return what it raised, or None."""
+        self.began = now()
         token = running.set(self)
         try:
             return _call(action, task)
         finally:
             running.reset(token)
+
+    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
+        """Take the steps after the action up to the write; return that if it is of the status alone.
+
+        Then it can be written together with those of others, and `conclude` comes next. Else, or if that does
+        not succeed, `settle` comes next: it goes on with what is decided here.
+
+        Args:
+            engine: that of this thread; it does not wait for long.
+        """
+        self.engine = engine
+        self.forget_earlier_tries()
+        if not self.may_be_of_status_alone(error):
+            return None  # still renewed, as it may have to wait for many that take long
+        self.end_renewal()
+        self.decided = outcome = self.decided or self.decide(error)
+        status, column, held = outcome.status, self.source.error_field, self.held
+        if (
+            status is None
+            or None in held
+            or status.priority < self.lease.priority
+            or (column is not None and outcome.note is not None)
+            or self.to_put_back(outcome, self.snapshot)
+        ):
+            return None
+        return outcome, Change(self.claim.row.key, frozenset(one for one in held if one is not None), status)
+
+    def may_be_of_status_alone(self, error: BaseException | None) -> bool:
+        """Say whether perhaps nothing but a status is to be written, and no hook has to be asked for that."""
+        asks_or_tells = self.source.error_field is not None or self.policy.next_priority is not None
+        return (
+            not (error is not None and asks_or_tells)
+            and not (self.task is not None and self.task.pk is None)
+            and is_saved_by_plain_update(self.source.model)
+            and not (self.snapshot is not None and self.snapshot.changed())
+        )
+
+    def conclude_prepared(self, outcome: Outcome, change: Change) -> None:
+        """Take the steps after the write of what `prepare` has returned."""
+        if self.task is not None:
+            set_loaded(self.task, self.source.field, change.new)
+        self.conclude(outcome, is_written=True)
 
     def settle(self, error: BaseException | None) -> Outcome:
         """Take the steps after the action, in whatever thread this is; return the outcome.
@@ -183,13 +239,17 @@ class Attempt(Generic[M]):
         """
         self.engine = engine_for(self.source.using)
         if not self.waits:
-            self.engine.patience = _SHORT_PATIENCE
-        if self.renewal is not None:  # before anything can fail, and before the lease is read
-            self.renewal.end()
+            self.engine.patience = SHORT_PATIENCE
+        self.end_renewal()  # before anything can fail, and before the lease is read
         self.forget_earlier_tries()
         if self.decided is None:
             self.decided = self.decide(error)
         return self.record(self.decided.not_before(self.lease))
+
+    def end_renewal(self) -> None:
+        """Renew the lease no more, as what stands in the row is to stay what we know."""
+        if self.renewal is not None:
+            self.renewal.end()
 
     def resume_renewal(self) -> None:
         """Keep the lease alive again, as the outcome could not be written yet."""
@@ -200,8 +260,9 @@ class Attempt(Generic[M]):
         """Take away what a save() that was rolled back has left on the instance."""
         if self.task is None:
             return
-        if self.as_left is None:
+        if self.as_left is None:  # there was none
             self.as_left = dict(self.task.__dict__)
+            return
         self.task.__dict__.clear()
         self.task.__dict__.update(self.as_left)
 
@@ -282,8 +343,7 @@ class Attempt(Generic[M]):
 
     def record(self, outcome: Outcome) -> Outcome:
         """Write the outcome under the lease, and what the action changed; return what was written."""
-        if self.renewal is not None:
-            self.renewal.end()
+        self.end_renewal()
         outcome, is_written = self.write_or_fail(outcome)
         self.conclude(outcome, is_written)
         return outcome
@@ -319,7 +379,7 @@ class Attempt(Generic[M]):
         self.log_recorded(error)
         return True
 
-    def log_recorded(self, error: BaseException) -> None:
+    def log_recorded(self, error: BaseException | None) -> None:
         logger.error(
             "%s %s: its outcome is recorded, but its commit ended with an error.",
             self.source.model._meta.label,
@@ -348,6 +408,12 @@ class Attempt(Generic[M]):
 
         Can be repeated: once written, it finds that the task is not ours any more.
         """
+        # Once more where its claim may not have come to this node of a cluster yet.
+        return self.write_once(outcome, snapshot) or (
+            self.engine.patiently(self.engine.catch_up, reconnect=True) and self.write_once(outcome, snapshot)
+        )
+
+    def write_once(self, outcome: Outcome, snapshot: Snapshot | None) -> bool:
         task = self.task
         if self.is_deleted_by_action():
             return False
@@ -511,8 +577,10 @@ class AsyncAttempt(Attempt[M]):
     the caller it stays there: in any other thread it could see nothing of that.
     """
 
-    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
-        super().__init__(source, policy, claim)
+    def __init__(
+        self, source: Source[M], policy: Policy, claim: Claim[M], engine: Engine | None = None
+    ) -> None:
+        super().__init__(source, policy, claim, engine)
         self.is_started = False
         #: Why the action is not to be called.
         self.error: BaseException | None = claim.error
@@ -534,8 +602,7 @@ class AsyncAttempt(Attempt[M]):
         try:
             return await self._arun(action, is_async, canceled)
         finally:
-            if self.renewal is not None:
-                self.renewal.end()
+            self.end_renewal()
 
     async def _arun(
         self, action: Callable[[M], object], is_async: bool, canceled: asyncio.CancelledError | None
@@ -566,6 +633,7 @@ class AsyncAttempt(Attempt[M]):
         """Await an async action; return what it raised, or None."""
 
         async def act() -> BaseException | None:
+            self.began = now()
             token = running.set(self)
             try:
                 await action(task)
@@ -587,7 +655,10 @@ class AsyncAttempt(Attempt[M]):
 
         def act() -> BaseException | None:
             self.engine = engine_for(self.source.using)  # that of this thread
-            return self.call(action, task)
+            error = self.call(action, task)
+            if error is not None and self.engine.locks_by_reading:  # for another thread, which is to write
+                end_queries_of(error)
+            return error
 
         return await self.in_thread_of_action(act)
 
@@ -598,6 +669,12 @@ class AsyncAttempt(Attempt[M]):
         """Do so in the thread of the action. In that of the caller it could be a transaction of others."""
         self.engine = engine_for(self.source.using)
         return self.restore_connection(error)
+
+    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
+        if not self.is_started:
+            return None
+        self.close()
+        return super().prepare(error, engine)
 
     def settle(self, error: BaseException | None, is_called: bool = True) -> Outcome:
         """Take the steps after the action, or give the task back if that was not called."""
@@ -616,14 +693,25 @@ class AtomicAttempt(Attempt[M]):
 
     What the action does to the database of the task is committed together with its success, or not at
     all. While the transaction is open its lock is the lease: whoever would recover the task passes over it.
+
+    In a cluster the other nodes do not see a lock. There the lease is renewed while the transaction is open,
+    and the outcome at its end, under the lease, is what locks the row. Of two nodes that have changed one
+    row the cluster lets one commit. The other one's transaction is rolled back, where a single server would
+    have let it wait; so it is begun once more, for a while, and that is no failure.
     """
 
-    def __init__(self, source: Source[M], policy: Policy, claim: Claim[M]) -> None:
-        super().__init__(source, policy, claim)
+    def __init__(
+        self, source: Source[M], policy: Policy, claim: Claim[M], engine: Engine | None = None
+    ) -> None:
+        super().__init__(source, policy, claim, engine)
         #: Has the database said so? It may have committed without our hearing of it.
         self.is_committed = False
+        #: Is the row locked while the action runs, and nobody can change it?
+        self.is_locked = True
         #: What the action has made of the row by other ways than its instance.
         self.made: set[Status | None] = set()
+        #: What is to be committed, or was, once the action has returned.
+        self.success: _Success | None = None
 
     @property
     def held(self) -> set[Status | None]:
@@ -634,20 +722,14 @@ class AtomicAttempt(Attempt[M]):
             return super().process(action)
         return self.act_and_record(action, self.task)
 
+    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
+        return None  # what was committed, or not, is to be found out first
+
     def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
-        success: _Success | None = None
         try:
-            snapshot = self.begin(task)
-            try:
-                opened = self.engine.patiently(self.hold, reconnect=True)
-            except Error as unavailable:
-                self.decided = Outcome("release", self.claim.row.status, unavailable)
-                return self.record(self.decided)
-            if opened is None:
-                return self.lose(Outcome("release", self.claim.row.status))
-            transaction_of_ours, place = opened
-            with transaction_of_ours:
-                success = self.succeed(action, task, snapshot, place)
+            ended = self.act_patiently(action, task, self.begin(task))
+            if isinstance(ended, Outcome):
+                return ended
             if not self.is_outer and self.engine.is_inside_transaction():
                 raise TransactionManagementError(
                     "A hook of the commit returned in the middle of a transaction, which was rolled back. "
@@ -656,30 +738,94 @@ class AtomicAttempt(Attempt[M]):
         except BaseException as error:
             if self.decided is not None:  # before the action was called, but not written
                 raise
-            return self.fail(error, success)
+            return self.fail(error)
         finally:
             self.close()
-        self.conclude(success.outcome, is_written=True)
-        return success.outcome
+            self.end_renewal()
+        self.conclude(ended.outcome, is_written=True)
+        return ended.outcome
+
+    def act_patiently(self, action: Callable[[M], object], task: M, snapshot: Snapshot) -> _Success | Outcome:
+        """Act and commit, again while another node is faster; return the outcome if the task is not ours."""
+        deadline = time.monotonic() + self.engine.patience
+        while True:
+            try:
+                opened = self.engine.patiently(self.hold, reconnect=True)
+            except Error as unavailable:
+                self.decided = Outcome("release", self.claim.row.status, unavailable)
+                return self.record(self.decided)
+            if opened is None:
+                return self.lose(Outcome("release", self.claim.row.status))
+            transaction_of_ours, place = opened
+            try:
+                with transaction_of_ours:
+                    self.success = self.succeed(action, task, snapshot, place)
+                return self.success
+            except _Taken as taken:
+                return self.lose(taken.outcome)
+            except Error as conflict:
+                if not self.is_overruled(conflict) or time.monotonic() > deadline:
+                    raise
+                self.log_conflict(conflict)
+            self.restore_own_connection()
+            self.undo()
+            self.success = None
+            self.resume_renewal()
+
+    def is_overruled(self, error: Error) -> bool:
+        """Say whether the transaction was rolled back for that of another node, and can be begun again."""
+        return not self.is_outer and not self.is_committed and self.engine.is_overruled(error)
+
+    def log_conflict(self, conflict: Error) -> None:
+        logger.debug(
+            "%s %s: its action is begun once more, as another node of the cluster was faster: %s",
+            self.source.model._meta.label,
+            self.claim.row.pk,
+            conflict,
+        )
 
     def hold(self) -> tuple[ExitStack, Place] | None:
         """Open the transaction, with the row locked under our lease; None if that is not ours any more."""
-        # From here on the lock is the lease; to wait for a renewal while having it could be a deadlock.
-        if self.renewal is not None:
-            self.renewal.end()
+        engine = self.engine
+        self.is_locked = self.is_outer or not (engine.passes_over_locked_rows and engine.is_of_cluster())
+        if not self.is_locked and not self.is_seen_as_ours():
+            return None
+        if self.is_locked:
+            # From here on the lock is the lease; where a renewal waits for it, both wait for each other.
+            self.end_renewal()
         try:
             with ExitStack() as stack:
                 stack.enter_context(transaction.atomic(using=self.source.using))
-                if self.engine.hold(self.source, self.claim.row, self.leases):
+                if not self.is_locked or self.engine.hold(self.source, self.claim.row, self.leases):
                     if not self.is_outer:
                         # Before any hook of the action, as none is called after one that fails.
                         transaction.on_commit(self.note_commit, using=self.source.using, robust=True)
                     place = self.engine.mark()
+                    self.watch_lock()
                     return stack.pop_all(), place
         except Error:  # it is tried again
             self.resume_renewal()
             raise
         return None
+
+    def watch_lock(self) -> None:
+        """Have the lease renewed once the lock is gone: the server may end our session behind our back."""
+        if self.is_locked and self.renewal is not None and self.engine.passes_over_locked_rows:
+            self.renewal.watch()
+
+    def is_seen_as_ours(self) -> bool:
+        """Say whether the row is under our lease, which may be renewed just now."""
+        before = set(self.leases)
+        is_ours = self.engine.read(self.source, self.claim.row)[1] in before | self.leases
+        return is_ours or (self.engine.catch_up() and self.read()[1] in before | self.leases)
+
+    def is_seen_as_ours_by_others(self) -> bool:
+        """Say whether that is so without what is not committed yet; our lease is not renewed any more."""
+
+        def read() -> tuple[bool, Status | None]:
+            return engine_for(self.source.using).read(self.source, self.claim.row)
+
+        return call_apart(read)[1] in self.leases
 
     def note_commit(self) -> None:
         self.is_committed = True
@@ -690,12 +836,15 @@ class AtomicAttempt(Attempt[M]):
             error = self.call_it(action, task)
             if error is not None:
                 raise error
+        self.end_renewal()  # else it could find the success, which nobody knows of yet
         outcome = self.decide(None)
         if outcome.error is not None:
             raise outcome.error
         exists = True
         if not self.write_success(outcome, snapshot):
-            # The row is locked, so this was the action, by other ways than its instance: it has deleted what
+            if not self.is_locked and not self.is_seen_as_ours_by_others():
+                raise _Taken(outcome)
+            # The row is ours, so this was the action, by other ways than its instance: it has deleted what
             # the task belongs to, or used QuerySet.update(). As everything it wrote, that is to stand.
             exists, made = self.read()
             if exists:
@@ -730,25 +879,39 @@ class AtomicAttempt(Attempt[M]):
         if self.engine.is_aborted():
             raise TransactionManagementError(_WENT_ON)
 
-    def fail(self, error: BaseException, success: _Success | None) -> Outcome:
-        """Record, in a transaction of its own, an attempt that was rolled back."""
-        if self.renewal is not None:
-            self.renewal.end()
+    def fail(self, error: BaseException) -> Outcome:
+        """Record an attempt that was rolled back, unless it was committed despite its error."""
+        self.end_renewal()
         self.restore_own_connection()
-        if success is None or not self.is_committed:
+        if self.success is not None and self.is_committed:  # one of its hooks has failed
+            outcome = self.confirm(self.success, error)
+        else:
             self.undo()
             self.failure = error
             self.decided = self.decide(error)
-            failed, is_written = self.write_or_fail(self.decided)
-            if is_written or success is None or self.read() != success.stored:
-                self.conclude(failed, is_written)
-                return failed
-        # It was committed: one of its hooks has failed, or the answer to the commit was lost.
+            outcome = self.record(self.decided)
+        if outcome.error is None and not isinstance(error, Exception):  # Ctrl-C after the commit
+            raise error
+        return outcome
+
+    def record(self, outcome: Outcome) -> Outcome:
+        """Write the outcome in a transaction of its own, or find that the success was committed after all.
+
+        The row tells, whenever that can be asked: it does not hold the lease any more, so that nothing is
+        written. To ask before is not enough, as the server may be about to commit.
+        """
+        self.end_renewal()
+        outcome, is_written = self.write_or_fail(outcome)
+        if not is_written and self.success is not None and self.read() == self.success.stored:
+            return self.confirm(self.success, self.failure)
+        self.conclude(outcome, is_written)
+        return outcome
+
+    def confirm(self, success: _Success, error: BaseException | None) -> Outcome:
+        """Tell of a success that was committed, although its commit ended with an error."""
         success.snapshot.confirm_commit()
         self.log_recorded(error)
         self.conclude(success.outcome, is_written=True)
-        if not isinstance(error, Exception):
-            raise error
         return success.outcome
 
     def lose(self, dropped: Outcome) -> Outcome:
@@ -764,9 +927,17 @@ class AtomicAttempt(Attempt[M]):
             self.engine.restore_connection()
 
     def undo(self) -> None:
-        """Make the instance what it was before the action."""
+        """Make the instance what it was before the action, and hold nothing that was made of the row."""
+        self.made = set()
         if self.snapshot is not None:
             self.snapshot.undo()
+
+
+class _Taken(Exception):  # noqa: N818
+    """Somebody has taken the task away while its action ran, so that this outcome is dropped."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
 
 
 class _Success(NamedTuple):
@@ -783,6 +954,8 @@ def _call(action: Callable[[M], object], task: M) -> BaseException | None:
         result = action(task)
     except BaseException as error:
         return error
+    if result is None:
+        return None
     if inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
         if not inspect.isasyncgen(result):
             result.close()

@@ -136,6 +136,8 @@ class Snapshot:
         return {field.attname: _copied(self._instance.__dict__[field.attname]) for field in fields}
 
     def _values(self) -> dict[str, Any]:
+        if len(self._layers) == 1:
+            return self._layers[0][1]
         merged: dict[str, Any] = {}
         for saved, values in self._layers:
             if saved is None or saved.stands:
@@ -245,11 +247,13 @@ def _computes_on_save(field: models.Field[Any, Any]) -> bool:
 
 
 def _loaded_fields(instance: models.Model) -> Fields:
-    return [
-        field
-        for field in instance._meta.concrete_fields
-        if field.attname in instance.__dict__ and not getattr(field, "generated", False)
-    ]
+    values = instance.__dict__
+    return [field for field in _stored_fields(type(instance)) if field.attname in values]
+
+
+@functools.lru_cache(maxsize=1000)
+def _stored_fields(model: type[models.Model]) -> Fields:
+    return [field for field in model._meta.concrete_fields if not getattr(field, "generated", False)]
 
 
 def _fetch_keys_of_related(instance: models.Model) -> Fields:
@@ -259,6 +263,8 @@ def _fetch_keys_of_related(instance: models.Model) -> Fields:
         The fields whose object is not saved even now: no key has changed, but save() has to say so.
     """
     unsaved: Fields = []
+    if not instance._state.fields_cache:
+        return unsaved
     for field in instance._meta.concrete_fields:
         if isinstance(field, models.ForeignKey) and field.is_cached(instance):
             related = field.get_cached_value(instance)

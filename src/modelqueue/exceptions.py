@@ -6,9 +6,11 @@ None of these is an error of the library::
     +-- Retry          try again later, the attempt is not charged
     +-- Abort          try again later, the attempt is charged; canceled when out of attempts
     +-- Cancel         give the task up
+    +-- WorkerDied     only named in an ErrorField, as the reason why a task was taken back
     +-- LeaseExpired   only named in an ErrorField, as the reason of a recovery
     BaseException
     +-- Interrupted    raised in an action that a worker which stops can not wait for
+    +-- TimedOut       raised in an action that takes longer than the timeout of its queue
 
 Wrong arguments raise `TypeError` or `ValueError`, as everywhere in Python.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 from modelqueue.backoff import Delay
 
-__all__ = ["Abort", "Cancel", "Interrupted", "LeaseExpired", "Retry"]
+__all__ = ["Abort", "Cancel", "Interrupted", "LeaseExpired", "Retry", "TimedOut", "WorkerDied"]
 
 
 class Retry(Exception):  # noqa: N818  (a verb of the public API, not an error)
@@ -59,6 +61,18 @@ class Interrupted(BaseException):
 
     No `Exception`, so that an ``except Exception`` of the action lets it pass.
     """
+
+
+class TimedOut(BaseException):
+    """Raised in the thread of an action that takes longer than its timeout: the attempt has failed.
+
+    No `Exception`, so that an ``except Exception`` of the action lets it pass. An ``async def`` action gets
+    `asyncio.CancelledError`, and this is what is recorded.
+    """
+
+
+class WorkerDied(Exception):  # noqa: N818
+    """Why a task was taken back: its process died in its action. Named in an `ErrorField`, not raised."""
 
 
 class LeaseExpired(Exception):  # noqa: N818

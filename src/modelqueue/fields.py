@@ -100,6 +100,8 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         return None if value is None else Status(value)
 
     def get_prep_value(self, value: Any) -> Any:
+        if type(value) is Status:  # first, as that is what each row that is written has
+            return int(value)
         _refuse_state(self, value)
         try:
             return super().get_prep_value(value)
@@ -119,6 +121,8 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         return int(value) if isinstance(value, Status) else value
 
     def pre_save(self, model_instance: models.Model, add: bool) -> Any:
+        if add and _RECORD not in model_instance.__dict__:
+            return super().pre_save(model_instance, add)
         if _is_to_be_written(model_instance, self.attname):
             _note(model_instance, self.attname, _SAVING)
         elif not add and not model_instance._state.adding:
@@ -146,13 +150,13 @@ class StatusField(_BigIntegerField[_ST, _GT]):
         ]
 
     def _check_index(self) -> list[checks.CheckMessage]:
-        if self.db_index or self.unique or self.name in _leading_columns(self.model):
+        if is_indexed(self):
             return []
         return [
             checks.Warning(
                 f"{self} has no index, so every claim reads the whole table.",
-                hint="Remove db_index=False, or add models.Index(fields=[...]) to Meta.indexes "
-                f"with {self.name!r} as its first field.",
+                hint=f"Remove db_index=False, or add modelqueue.QueueIndex({self.name!r}, name=...), or an "
+                f"index with {self.name!r} as its first field, to Meta.indexes.",
                 obj=self,
                 id="modelqueue.W001",
             )
@@ -203,14 +207,19 @@ StatusField.register_lookup(StatusPriority)
 StatusField.register_lookup(StatusAttempts)
 
 
-def _leading_columns(model: type[models.Model]) -> set[str]:
-    """Return the names of the fields that an index or a unique constraint of the model begins with."""
-    names = {index.fields[0].lstrip("-") for index in model._meta.indexes if index.fields}
-    names |= {together[0] for together in model._meta.unique_together}
-    for constraint in model._meta.constraints:
-        if isinstance(constraint, models.UniqueConstraint) and constraint.fields:
-            names.add(constraint.fields[0])
-    return names
+def is_indexed(field: Any, with_condition: bool = True) -> bool:
+    """Say whether an index or a unique constraint begins with a field.
+
+    Args:
+        with_condition: whether one that has only some of the rows counts. (A `QueueIndex` always does.)
+    """
+    meta = field.model._meta
+    names = {together[0] for together in meta.unique_together}
+    for one in [*meta.indexes, *meta.constraints]:
+        is_unique = isinstance(one, models.UniqueConstraint)
+        if (is_unique or isinstance(one, models.Index)) and (with_condition or one.condition is None):
+            names.update(one.fields[:1])
+    return bool(field.db_index or field.unique or names & {field.name, f"-{field.name}"})
 
 
 def _refuse_state(field: models.Field[Any, Any], value: Any) -> None:
@@ -321,7 +330,8 @@ class StatusAttribute(DeferredAttribute):
         if not was_loaded and value is not None and value is data.get(name):
             # full_clean() assigns what it has just read; that is nobody's decision.
             return
-        _refuse_state(self.field, value)
+        if type(value) is not Status:
+            _refuse_state(self.field, value)
         if isinstance(value, int):
             # Always an object of our own, lest a constant that is assigned twice looks unchanged.
             value = Status(value)

@@ -9,6 +9,7 @@ way, and after it the task is not renewed any more.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from modelqueue import verbs
 from modelqueue.attempts import Attempt
 from modelqueue.engines import engine_for
 from modelqueue.source import Source
+from modelqueue.status import Status
 
 __all__ = ["Keeper", "Lease", "keeper_for"]
 
@@ -35,7 +37,7 @@ _SOON = 0.5
 _PATIENCE = 5.0
 #: Seconds for which the thread waits for a next lease, as to start one takes longer than a short task.
 _LINGER = 5.0
-#: Seconds between two looks at a connection that is kept while nothing is held.
+#: Seconds between two looks at a connection that is reserved.
 _LONGEST_REST = 60.0
 
 
@@ -47,32 +49,58 @@ class _Group:
         self.seconds = seconds
         self.lock = threading.Lock()
         self.held: dict[Any, Lease] = {}
+        #: When all are renewed.
         self.due = 0.0
         #: How often it was done.
         self.times = 0
+        #: The keys of rows that somebody has locked, and when these are tried again.
+        self._locked: set[Any] = set()
+        self._again = math.inf
         self.is_failing = False
 
     def __str__(self) -> str:
         return f"{self.source.model._meta.label}.{self.source.field.name}"
 
+    @property
+    def next(self) -> float:
+        """When there is something to do."""
+        return min(self.due, self._again)
+
     def renew(self) -> None:
-        """Renew all; those that are lost are told to their attempts."""
+        """Renew all whose time it is; those that are lost are told to their attempts."""
         with self.lock:
-            if not self.held:
-                return
             began = time.monotonic()
-            self.due = began + _SOON
-            leases = {key: lease.attempt.leases for key, lease in self.held.items()}
-            renewal = verbs.renew(self.source, leases)
+            is_for_all = began >= self.due
+            held = dict(self.held)  # one may leave meanwhile, who does not wait for this
+            if not is_for_all:
+                held = {key: lease for key, lease in held.items() if key in self._locked}
+            self._locked, self._again = set(held), began + _SOON if held else math.inf
+            if not held:
+                return
+            if is_for_all:
+                self.due = self._again
+            leases = {key: lease.attempt.leases for key, lease in held.items()}
+
+            def note(key: Any, stored: Status, renewed: Status) -> None:
+                held[key].on_renewal(stored, renewed)
+
+            renewal = verbs.renew(self.source, leases, note)
             for key in renewal.lost:
                 lease = self.held.pop(key)
                 if not lease.attempt.has_saved_its_outcome:
                     lease.lose()
-            self.times += 1
-            self.due = began + (_SOON if renewal.locked else self.seconds / _SHARE)
+            self._locked, self._again = renewal.locked, began + _SOON if renewal.locked else math.inf
+            if is_for_all:
+                self.times += 1
+                self.due = began + self.seconds / _SHARE
             if self.is_failing:
                 logger.warning("Leases of %s are renewed again.", self)
             self.is_failing = False
+
+    def watch(self, key: Any) -> None:
+        """Try to renew one soon, and again and again as long as its row is locked."""
+        self._locked.add(key)
+        self._again = min(self._again, time.monotonic() + _SOON)
 
     def fail(self, error: Exception) -> None:
         """They could not be renewed, which is told once and tried again."""
@@ -92,9 +120,15 @@ class Lease:
     """That of one attempt, from the claim until its outcome is about to be written."""
 
     def __init__(
-        self, attempt: Attempt[Any], keeper: Keeper, group: _Group, on_loss: Callable[[], None] | None
+        self,
+        attempt: Attempt[Any],
+        keeper: Keeper,
+        group: _Group,
+        on_loss: Callable[[], None] | None,
+        on_renewal: Callable[[Status, Status], None],
     ) -> None:
         self.attempt = attempt
+        self.on_renewal = on_renewal
         self._keeper = keeper
         self._group = group
         self._on_loss = on_loss
@@ -112,9 +146,20 @@ class Lease:
 
     def resume(self) -> None:
         """Renew it again, at once: its outcome could not be written yet, and it may be old by now."""
+        key = self.attempt.claim.row.key
+        if self._group.held.get(key) is self:
+            return  # it was not ended
         with self._group.lock:
-            self._group.held.setdefault(self.attempt.claim.row.key, self)
+            self._group.held.setdefault(key, self)
             self._group.due = 0.0
+        self._keeper.look_at(self._group)
+
+    def watch(self) -> None:
+        """Renew it only once its row is free: our transaction has locked it, and may end unnoticed."""
+        key = self.attempt.claim.row.key
+        with self._group.lock:
+            self._group.held.setdefault(key, self)
+            self._group.watch(key)
         self._keeper.look_at(self._group)
 
     def renew(self) -> bool:
@@ -140,7 +185,8 @@ class Lease:
 class Keeper:
     """Renews the leases of this process on one database, lest one that does not answer costs those of others.
 
-    Its thread begins with the first lease and ends after the last.
+    Its thread begins with the first lease, or when a connection is reserved. It ends after the last lease,
+    and lets go of its connection, unless that is reserved.
     """
 
     def __init__(self, using: str) -> None:
@@ -150,19 +196,28 @@ class Keeper:
         self._thread: threading.Thread | None = None
         #: Until when the thread waits.
         self._looks_at = 0.0
-        #: Has its thread a connection? It keeps it while it holds a lease, as it may not get another.
+        #: Has its thread a connection? From its first renewal on it keeps that while it holds a lease, as it
+        #: may not get another.
         self._is_connected = False
-        #: Does it keep it also while it holds none?
+        #: Does it keep one also while it holds no lease, and before the first renewal?
         self._is_reserved = False
         #: When to look whether it is there still.
         self._check_at = 0.0
 
-    def hold(self, attempt: Attempt[Any], seconds: float, on_loss: Callable[[], None] | None = None) -> Lease:
+    def hold(
+        self,
+        attempt: Attempt[Any],
+        seconds: float,
+        on_loss: Callable[[], None] | None = None,
+        on_renewal: Callable[[Status, Status], None] = lambda stored, renewed: None,
+    ) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
 
         Args:
             seconds: how long a lease holds, from its claim on.
             on_loss: called, in the keeper's thread, when a renewal finds that the lease is lost.
+            on_renewal: called, in the keeper's thread, with what stands in the row and what is about to,
+                before that is written.
         """
         source = attempt.source
         key = (source.owner, source.field, source.using, seconds)
@@ -170,7 +225,7 @@ class Keeper:
             group = self._groups.get(key)
             if group is None:
                 group = self._groups[key] = _Group(source, seconds)
-        lease = Lease(attempt, self, group, on_loss)
+        lease = Lease(attempt, self, group, on_loss, on_renewal)
         with group.lock:
             if not group.held:
                 group.due = time.monotonic() + seconds / _SHARE
@@ -199,7 +254,7 @@ class Keeper:
         """See to it that the thread does not miss when a group is due."""
         with self._changed:
             self._see_to_thread()
-            if group.due < self._looks_at:
+            if group.next < self._looks_at:
                 self._changed.notify()
 
     def _see_to_thread(self) -> None:
@@ -231,14 +286,15 @@ class Keeper:
     def _connect(self) -> None:
         """Have a connection; of one that was idle for long nobody knows whether it is there still."""
         is_old = self._is_connected and time.monotonic() > self._check_at
-        if is_old and not engine_for(self._using).is_connected():
-            self._close_connections()
         if is_old or not self._is_connected:
             self._check_at = time.monotonic() + _LONGEST_REST
         try:
+            if is_old and not engine_for(self._using).is_connected():
+                self._close_connections()
             connections[self._using].ensure_connection()
         except Exception as error:
             logger.debug("The database %r gives no connection to renew leases: %s", self._using, error)
+            self._close_connections()  # of one that does not even tell whether it is there
         else:
             self._is_connected = True
 
@@ -249,13 +305,16 @@ class Keeper:
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False: there was nothing for long, so the thread is to end."""
-        if self._is_reserved:
+        is_reserved = self._is_reserved
+        if is_reserved:
             self._connect()
         with self._changed:
             if (pause := self._pause()) is None and not self._is_reserved:
                 self._close_connections()
                 self._sleep(_LINGER)
                 pause = self._pause()
+            if self._is_reserved and not is_reserved:  # meanwhile, so there may be none left soon
+                return True
             if pause is None and not self._is_reserved:
                 self._thread = None
                 return False
@@ -270,13 +329,13 @@ class Keeper:
         self._looks_at = 0.0  # it looks by itself before it sleeps again
 
     def _pause(self) -> float | None:
-        due = [group.due for group in self._groups.values() if group.held]
+        due = [group.next for group in self._groups.values() if group.held]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _due(self) -> list[_Group]:
         with self._changed:
             groups = list(self._groups.values())
-        return [group for group in groups if group.held and time.monotonic() >= group.due]
+        return [group for group in groups if group.held and time.monotonic() >= group.next]
 
 
 _keepers: dict[str, Keeper] = {}
@@ -285,5 +344,7 @@ _making = threading.Lock()
 
 def keeper_for(using: str) -> Keeper:
     """Return that of this process for a database alias."""
-    with _making:
-        return _keepers.setdefault(using, Keeper(using))
+    if using not in _keepers:
+        with _making:
+            _keepers.setdefault(using, Keeper(using))
+    return _keepers[using]

@@ -20,7 +20,7 @@ from django.db.models import Model
 from modelqueue.clock import now
 from modelqueue.durations import in_short
 from modelqueue.outcomes import error_text
-from modelqueue.signals import lease_lost, task_claimed, task_finished, task_recovered
+from modelqueue.signals import lease_lost, observe, task_claimed, task_finished, task_recovered
 from modelqueue.status import State, Status, priority_to_datetime
 
 logger = logging.getLogger("modelqueue")
@@ -42,7 +42,8 @@ def log_finished(sender: type[Model], **facts: Any) -> None:
 
 def log_recovered(sender: type[Model], **facts: Any) -> None:
     level = logging.ERROR if _is_canceled(facts) else logging.WARNING
-    _log(level, "task_recovered", "recovered, as its worker did not report in time", sender, facts)
+    why = facts["error"] or "its worker did not report in time"
+    _log(level, "task_recovered", f"recovered, as {why}", sender, facts)
 
 
 def log_lease_lost(sender: type[Model], **facts: Any) -> None:
@@ -53,10 +54,10 @@ def log_lease_lost(sender: type[Model], **facts: Any) -> None:
     _log(logging.WARNING, "lease_lost", text, sender, facts)
 
 
-task_claimed.connect(log_claimed, dispatch_uid="modelqueue.log")
-task_finished.connect(log_finished, dispatch_uid="modelqueue.log")
-task_recovered.connect(log_recovered, dispatch_uid="modelqueue.log")
-lease_lost.connect(log_lease_lost, dispatch_uid="modelqueue.log")
+observe(task_claimed, log_claimed)
+observe(task_finished, log_finished)
+observe(task_recovered, log_recovered)
+observe(lease_lost, log_lease_lost)
 
 
 def _traced(error: BaseException) -> BaseException | None:

@@ -13,18 +13,20 @@ from django.core.exceptions import EmptyResultSet
 from django.db import models
 from django.db.models.lookups import Exact, In, Lookup
 
-from modelqueue.status import State, Status
+from modelqueue.status import END_OF_LIVE, FIRST_LIVE, State, Status
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
     from django.db.models.sql.compiler import SQLCompiler
 
     _IntegerField = models.SmallIntegerField[int, State]
+    _Lookup = Lookup[bool]
     SQL = tuple[str, tuple[Any, ...]]
 else:
     _IntegerField = models.SmallIntegerField
+    _Lookup = Lookup
 
-__all__ = ["StateField", "StatusAttempts", "StatusPriority", "StatusState"]
+__all__ = ["IsLive", "StateField", "StatusAttempts", "StatusPriority", "StatusState"]
 
 
 class StateField(_IntegerField):
@@ -127,3 +129,20 @@ class StateIn(In):
         if not states:
             raise EmptyResultSet
         return _ranges(self, compiler, states)
+
+
+class IsLive(_Lookup):
+    """The condition that a task is waiting or working, in the words of the condition of a `QueueIndex`.
+
+    In literals, and not in parameters: a plan that is made before these are known can use the index only if
+    the statement itself says that all of its rows are in it. SQLite never looks further than that.
+    """
+
+    prepare_rhs = False
+
+    def __init__(self, status: Any) -> None:
+        super().__init__(status, True)
+
+    def as_sql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> SQL:
+        lhs, params = self.process_lhs(compiler, connection)
+        return f"({lhs} >= {FIRST_LIVE} AND {lhs} < {END_OF_LIVE})", (*params, *params)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from modelqueue import backoff
 from modelqueue.backoff import Delay
-from modelqueue.exceptions import Abort, Cancel, Interrupted, LeaseExpired, Retry
+from modelqueue.exceptions import Abort, Cancel, Interrupted, LeaseExpired, Retry, TimedOut
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, Status, datetime_to_int, shifted
 
 __all__ = [
@@ -238,26 +238,35 @@ def assigned(value: object, nullable: bool) -> Outcome:
     return Outcome("assign", status)
 
 
-def recovered(lease: Status, policy: Policy, now: dt.datetime) -> tuple[Status, str, Exception | None]:
-    """Decide on an expired task: the new status, the text for its `ErrorField`, and what went wrong.
+def recovered(
+    lease: Status, policy: Policy, now: dt.datetime, why: BaseException | None = None
+) -> tuple[Status, str, Exception | None]:
+    """Decide on a task that its worker has left: the status, the text for its `ErrorField`, what went wrong.
+
+    Args:
+        why: what has become of the worker; None: nobody knows, the lease has run out.
 
     A delay that can not be computed must not keep the task from its next attempt: it counts as
     zero, and the error is returned to be logged.
     """
     attempts = lease.attempts + 1
-    reason = error_text(
-        LeaseExpired(
-            f"attempt {attempts} was not reported within {policy.timeout} of its claim; its worker was "
-            "killed or cut off, or the action takes longer than the timeout"
-            if policy.lease is None
-            else f"attempt {attempts} was neither reported nor its lease renewed within {policy.lease}; its "
-            "worker was killed or cut off"
-        )
-    )
+    reason = error_text(why or _lease_expired(attempts, policy))
+    if isinstance(why, TimedOut) and isinstance(why, policy.cancel_on):  # as if it had ended by that
+        return _ended(State.canceled, lease, now), reason, None
     try:
         return _charged(lease, policy, now), reason, None
     except Exception as wrong_delay:
         return _waiting(lease, attempts, ZERO_SECS, now), reason, wrong_delay
+
+
+def _lease_expired(attempts: int, policy: Policy) -> LeaseExpired:
+    return LeaseExpired(
+        f"attempt {attempts} was not reported within {policy.timeout} of its claim; its worker was "
+        "killed or cut off, or the action takes longer than the timeout"
+        if policy.lease is None
+        else f"attempt {attempts} was neither reported nor its lease renewed within {policy.lease}; its "
+        "worker was killed or cut off"
+    )
 
 
 def error_text(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, Union
+from typing import Any, Generic, TypeVar, Union, cast
 
 from django.apps import apps
 from django.db import models
@@ -30,11 +30,12 @@ from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
 from modelqueue.claim_values import ClaimValues, Given, show
-from modelqueue.engines import Claim, engine_for
+from modelqueue.clock import now
+from modelqueue.engines import Claim, Engine, engine_for
 from modelqueue.execution import Work, arun_next, begin_next, is_async, refuse_atomic_async, run_next
 from modelqueue.fields import StatusField, declared_on, set_loaded
 from modelqueue.outcomes import Policy
-from modelqueue.source import Source, Tasks
+from modelqueue.source import Source, Tasks, write_alias
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, StateLike, Status
 
 __all__ = ["Queue", "declared_queues", "discover", "queue"]
@@ -80,6 +81,9 @@ class Queue(Generic[M]):
         # Not its __dict__: what somebody has hung on it would hide methods and options of the queue.
         functools.update_wrapper(self, action, updated=())
         self.origin = origin
+        #: What `source` and `shared` have made, by the database, if it is the same each time.
+        self._sources: dict[str, Source[M]] = {}
+        self._shared: dict[str, Source[M]] = {}
         self.action = action
         self.where = where
         self.lease = _checked_lease(options["lease"])
@@ -138,7 +142,62 @@ class Queue(Generic[M]):
         return rows
 
     def source(self) -> Source[M]:
-        return Source.of(self.rows(), self.field.name, self.error_field, self.claim_values, self.name)
+        if self._fixed is None:
+            return self._source_of(self.rows())
+        using = write_alias(self._fixed)  # which the router may change
+        if using not in self._sources:
+            source = self._source_of(self._fixed.using(using))
+            self._sources[using] = replace(source, fixed=source.queryset)
+        return self._sources[using]
+
+    def _source_of(self, rows: models.QuerySet[M]) -> Source[M]:
+        return Source.of(rows, self.field.name, self.error_field, self.claim_values, self.name)
+
+    @functools.cached_property
+    def _fixed(self) -> Any:
+        """The manager or queryset of its rows, if these are the same each time; else None."""
+        origin: Any = self.origin
+        if isinstance(origin, type):
+            origin = cast("Any", origin)._default_manager
+        is_plain = isinstance(origin, models.Manager) and (
+            type(origin).get_queryset is models.Manager.get_queryset
+        )
+        return origin if is_plain or isinstance(origin, models.QuerySet) else None
+
+    def shared(self, source: Source[M] | None = None) -> Source[M]:
+        """Return those tasks that a worker runs beside others: all but those on their last attempt.
+
+        A process that dies charges what it runs. So a task whose next attempt is its last runs alone: it is
+        never canceled because of another in its process, nor another because of it. So does one that has had
+        more attempts than that, since `retry` was lowered.
+
+        Args:
+            source: its own, if that is at hand: to ask for it may call code of the user.
+        """
+        source = source or self.source()
+        if not self.has_last_attempts:
+            return source
+        if source is not self._sources.get(source.using):
+            return replace(source, below=self.policy.retry)
+        if source.using not in self._shared:
+            self._shared[source.using] = replace(source, below=self.policy.retry)
+        return self._shared[source.using]
+
+    def alone(self) -> Source[M]:
+        """Return the first of those tasks that a worker runs alone, where it `has_last_attempts`."""
+        source = self.source()
+        engine = engine_for(source.using)
+        (head,) = engine.patiently(lambda: engine.scalars([source.head(now())]), reconnect=True)
+        return self.alone_in(source, head)
+
+    def alone_in(self, source: Source[M], head: int | None) -> Source[M]:
+        """Return the same of its source, of which the head is known."""
+        return source.had(self.policy.retry or 0, head)
+
+    @property
+    def has_last_attempts(self) -> bool:
+        """Whether it has attempts that are the last one, but not the first."""
+        return bool(self.policy.retry)
 
     @property
     def using(self) -> str:
@@ -158,10 +217,10 @@ class Queue(Generic[M]):
     def work(self) -> Work[M]:
         return Work(self.source(), self.policy, self.action, self.atomic, self, self.recovery())
 
-    def attempt(self, claim: Claim[M], source: Source[M]) -> Attempt[M]:
+    def attempt(self, claim: Claim[M], source: Source[M], engine: Engine | None = None) -> Attempt[M]:
         """Return the attempt that is to be made on a claimed task."""
         kind = AsyncAttempt if self.is_async else AtomicAttempt if self.atomic else Attempt
-        attempt = kind(source, self.policy, claim)
+        attempt = kind(source, self.policy, claim, engine)
         attempt.queue = self
         return attempt
 
@@ -371,8 +430,8 @@ def queue(
         field: the name of the `StatusField`.
         name: by which commands and logs call it; ``app_label.function`` by default.
         retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
-        timeout: how long an attempt may take: `Current.deadline` tells the action. It is not enforced yet, so
-            an action that hangs keeps its slot, and its lease is renewed.
+        timeout: how long an action may take; `Current.deadline` tells it. The worker ends one that takes
+            longer, which is a failed attempt; `run`, `arun` and `drain` do not.
         lease: after how long without a sign of life from its worker a task is taken back, 3 s or more. A
             worker renews it every third of that. Of several queues on one field the longest counts.
         delay: how long a task waits after a failed attempt: a timedelta, or a callable

@@ -14,11 +14,11 @@ from typing import Any
 
 from django.db import models
 from django.db.models import Count as CountOf
-from django.db.models import Min
+from django.db.models import Min, Q
 
 from modelqueue.clock import now
 from modelqueue.queues import Queue
-from modelqueue.status import FIRST_TIME, State, Status, priority_to_datetime
+from modelqueue.status import END_OF_LIVE, FIRST_LIVE, FIRST_TIME, State, Status, priority_to_datetime
 
 __all__ = ["CAP", "Count", "Failure", "Figures", "Running", "figures_of", "in_a_line", "report"]
 
@@ -207,7 +207,7 @@ class _Rows:
         self._moment = moment
         self._cap = cap
         self._field = queue.field.name
-        self._all = queue.source().queryset
+        self._source = queue.source()
         self._last_due = Status.waiting(moment, Status.max_attempts)
 
     def of(self, state: State) -> models.QuerySet[Any]:
@@ -261,9 +261,9 @@ class _Rows:
 
     def _between(self, first: int, last: int) -> models.QuerySet[Any]:
         name = self._field
-        rows: models.QuerySet[Any] = self._all.filter(
-            **{f"{name}__gte": int(first), f"{name}__lte": int(last)}
-        )
+        bounds = Q(**{f"{name}__gte": int(first), f"{name}__lte": int(last)})
+        of_live = self._source.live_condition() if first >= FIRST_LIVE and last < END_OF_LIVE else []
+        rows: models.QuerySet[Any] = self._source.queryset.filter(bounds, *of_live)
         return rows
 
     def _sorted(self, rows: models.QuerySet[Any]) -> models.QuerySet[Any]:

@@ -9,12 +9,16 @@ observer can not change what happens to a task.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from django.db.models import Model
 from django.dispatch import Signal
 
 __all__ = ["lease_lost", "task_claimed", "task_finished", "task_recovered"]
+
+logger = logging.getLogger("modelqueue")
 
 #: A worker has claimed a task and is about to run its action.
 #:
@@ -29,9 +33,10 @@ task_claimed = Signal(use_caching=True)
 #: ``error``: the exception that ended the attempt, or None.
 task_finished = Signal(use_caching=True)
 
-#: A task whose lease ran out was taken back from the worker that held it.
+#: A task was taken back from the worker that held it, as that is dead, or as its lease has run out.
 #:
-#: ``lease``: the `Status` that the dead worker held; ``status``: the new one.
+#: ``lease``: the `Status` that the dead worker held; ``status``: the new one; ``error``: what has become of
+#: the worker, where its supervisor knows it, or None.
 task_recovered = Signal(use_caching=True)
 
 #: An attempt has ended, but its lease was gone: nothing of its outcome was recorded.
@@ -40,6 +45,15 @@ task_recovered = Signal(use_caching=True)
 #: in the row now (None: the row is gone or out of the queue); ``outcome``, ``error``: as in
 #: `task_finished`, of the attempt that was dropped (``"release"`` and None: its action was not called).
 lease_lost = Signal(use_caching=True)
+
+
+#: Called with the same arguments, before the receivers: the log. It is no receiver, since to look for those,
+#: where there are any, takes as long as all else of a short task.
+_observers: dict[Signal, Callable[..., None]] = {}
+
+
+def observe(signal: Signal, observer: Callable[..., None]) -> None:
+    _observers[signal] = observer
 
 
 def send(
@@ -53,4 +67,10 @@ def send(
     **arguments: Any,
 ) -> None:
     """Send a signal; Django logs what a receiver raises (logger ``django.dispatch``)."""
-    signal.send_robust(model, pk=pk, field=field, using=using, queue=queue, **arguments)
+    if (observer := _observers.get(signal)) is not None:
+        try:
+            observer(model, pk=pk, field=field, using=using, queue=queue, **arguments)
+        except Exception:  # of a value without a text, or a handler of the log
+            logger.exception("%s %s: what has become of it can not be logged.", model._meta.label, pk)
+    if signal.receivers:
+        signal.send_robust(model, pk=pk, field=field, using=using, queue=queue, **arguments)

@@ -12,23 +12,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import islice
-from typing import Any, Generic, TypeVar, Union, cast
+from typing import Any, Generic, NamedTuple, TypeVar, Union, cast
 
 from django.core.exceptions import FieldDoesNotExist
-from django.db import models
-from django.db.models import F
+from django.db import connections, models, router
+from django.db.models import F, Q
+from django.db.models.lookups import GreaterThanOrEqual, LessThan
 from django.db.models.query import ModelIterable
 
 from modelqueue.claim_values import ClaimValues, Values
 from modelqueue.fields import ErrorField, StatusField, make_watchable
+from modelqueue.lookups import IsLive, StatusAttempts
 from modelqueue.status import State, Status
 
-__all__ = ["Source", "Tasks"]
+__all__ = ["Question", "Source", "Tasks"]
 
 M = TypeVar("M", bound=models.Model)
 Tasks = Union["models.QuerySet[M]", "models.Manager[M]"]
 
 _CHUNK = 500
+#: How many tasks are the head of a queue.
+_HEAD = 1000
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ class Source(Generic[M]):
     """What a claim sets besides the status, if anything."""
     queue_name: str | None = None
     """The declared queue whose tasks they are; None: `modelqueue.run` and the like serve any queryset."""
+    fixed: models.QuerySet[M] | None = None
+    """The queryset of its queue, if that is the same each time."""
+    below: int | None = None
+    """Take only tasks that have had fewer attempts than that."""
+    at_least: int | None = None
+    """Take only tasks that have had so many attempts or more."""
+    since: int | None = None
+    """Take no task with a smaller status, of those in the state that is looked for."""
+    until: int | None = None
+    """Take no task with a greater status."""
     sets: Values = dataclass_field(default_factory=dict)
     """The values of the claim that is under way, see `for_a_claim`."""
 
@@ -138,31 +152,104 @@ class Source(Generic[M]):
 
     def due(self, now: dt.datetime, first: int | None = None) -> models.QuerySet[M]:
         """The waiting rows whose priority has come, the first to run first; from the status `first` on."""
-        last = Status.waiting(now, Status.max_attempts)
-        return self._between(Status.minimum(State.waiting) if first is None else first, last)
+        return self.up_to(State.waiting, self._last_due(now), first)
 
     def expired(self, cutoff: dt.datetime, first: int | None = None) -> models.QuerySet[M]:
         """The working rows whose last claim or renewal was at `cutoff` or before; from `first` on."""
-        last = Status.working(cutoff, Status.max_attempts)
-        return self._between(Status.minimum(State.working) if first is None else first, last)
+        return self.up_to(State.working, self._last_expired(cutoff), first)
 
-    def _between(self, first: int, last: int) -> models.QuerySet[M]:
+    def any_due(self, now: dt.datetime) -> Question:
+        return Question(self, State.waiting, self._first(State.waiting), self._last_due(now))
+
+    def any_expired(self, cutoff: dt.datetime) -> Question:
+        return Question(self, State.working, self._first(State.working), self._last_expired(cutoff))
+
+    def between(self, first: int, last: int) -> Source[M]:
+        """Return those of its tasks whose statuses are in a range."""
+        return replace(self, since=first, until=last if self.until is None else min(last, self.until))
+
+    def up_to(self, state: State, last: Any, first: Any = None) -> models.QuerySet[M]:
+        """The waiting or working rows up to a status, from `first` on; both may be expressions."""
         name = self.field.name
-        rows: models.QuerySet[M] = self.queryset.filter(
-            **{f"{name}__gte": int(first), f"{name}__lte": int(last)}
-        )
+        bounds = {
+            f"{name}__gte": self._first(state) if first is None else first,
+            f"{name}__lte": last,
+        }
+        rows: models.QuerySet[M] = self.queryset.filter(Q(**bounds), *self.live_condition())
+        attempts = StatusAttempts(F(name))
+        if state == State.waiting and self.below is not None:
+            rows = rows.filter(LessThan(attempts, self.below))
+        if state == State.waiting and self.at_least is not None:
+            rows = rows.filter(GreaterThanOrEqual(attempts, self.at_least))
         rows = rows.order_by(name, "pk")
         return rows
+
+    def live_condition(self) -> list[IsLive]:
+        """Return the condition by which the database sees that all wanted rows are in a `QueueIndex`.
+
+        It comes after the other bounds: SQLite seeks to the first of several lower ones, and reads to the
+        first of several upper ones. Nothing where a database has no such index.
+        """
+        can = connections[self.using].features.supports_partial_indexes
+        return [IsLive(F(self.field.name))] if can else []
+
+    def _first(self, state: State) -> int:
+        return Status.minimum(state) if self.since is None else int(self.since)
+
+    def _last_due(self, now: dt.datetime) -> int:
+        last = int(Status.waiting(now, Status.max_attempts))
+        return last if self.until is None else int(min(last, self.until))
+
+    def _last_expired(self, cutoff: dt.datetime) -> int:
+        return int(Status.working(cutoff, Status.max_attempts))
+
+    def head(self, now: dt.datetime) -> models.QuerySet[Any]:
+        """Return the query of where the head of the queue ends: a status; none if it is all of the queue."""
+        name = self.field.name
+        rows: models.QuerySet[Any] = self.due(now).order_by(name).values(name)
+        return rows[_HEAD : _HEAD + 1]
+
+    def had(self, attempts: int, head: int | None) -> Source[M]:
+        """Return those tasks in the head of the queue that have had so many attempts or more.
+
+        Not all of them: each look would read a backlog of a million to its end, and behind so many it is not
+        their turn yet.
+
+        Args:
+            head: what `head` has found.
+        """
+        # The last number up to there of a task with so many attempts. Very many tasks may have one number.
+        until = head if head is None or head % 10 >= attempts else head - head % 10 - 1
+        return replace(self, at_least=attempts, until=until)
+
+
+class Question(NamedTuple):
+    """Which is the first task of a source in this state, waiting or working, from a status to a status?"""
+
+    source: Source[Any]
+    state: State
+    first: int
+    last: int
+
+    def between(self, first: int, last: int) -> Question:
+        """Ask the same of a range of statuses."""
+        # The driver of MySQL would send the text of a Status.
+        return self._replace(first=int(max(first, self.first)), last=int(min(last, self.last)))
 
 
 def on_write_database(rows: Tasks[M]) -> models.QuerySet[M]:
     """Return a clone with the alias that it names with ``using()``, else the one to write its rows to."""
-    # What QuerySet.update() asks the router, see QuerySet.db; there is no public way to ask it ahead.
     clone: Any = rows.all()
-    clone._for_write = True
-    clone._db = clone.db  # using() would make one more clone
+    clone._db = write_alias(clone)  # using() would make one more clone
     made: models.QuerySet[M] = clone
     return made
+
+
+def write_alias(rows: Any) -> str:
+    """Return the database that a queryset or manager names by ``using()``, else the one to write rows to."""
+    # What QuerySet.update() asks the router, see QuerySet.db; there is no public way to ask it ahead.
+    alias: str = rows._db or router.db_for_write(rows.model, **rows._hints)
+    return alias
 
 
 def owner_rows(rows: models.QuerySet[Any], field: models.Field[Any, Any]) -> Iterator[models.QuerySet[Any]]:

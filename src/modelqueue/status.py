@@ -60,7 +60,7 @@ def datetime_to_int(datetime: dt.datetime) -> int:
     """
     if not isinstance(datetime, dt.datetime):
         raise TypeError(f"datetime_to_int() takes a datetime.datetime, not {datetime!r}.")
-    if datetime.tzinfo is not None:
+    if datetime.tzinfo is not None and datetime.tzinfo is not dt.timezone.utc:
         try:
             datetime = datetime.astimezone(dt.timezone.utc)
         except OverflowError:
@@ -165,6 +165,9 @@ _STATES_BY_NAME = {state.name: state for state in _STATES}
 _STATES_BY_NUMBER = {int(state): state for state in _STATES}
 _STATES_HELP = "The states are " + ", ".join(f"{int(state)} {state.name}" for state in _STATES) + "."
 _UNKNOWN = State(0, "unknown")
+
+#: The statuses of waiting and working tasks are from the first of these to below the second.
+FIRST_LIVE, END_OF_LIVE = 2 * 10**18, 4 * 10**18
 
 
 class Status(int):
@@ -273,6 +276,9 @@ class Status(int):
 
     @classmethod
     def _constructed(cls, state: State, priority: Priority | None, attempts: int) -> Status:
+        if priority is None and type(attempts) is int and 0 <= attempts <= cls.max_attempts:
+            # The default of each new row, so without a check of what is right by itself.
+            return cls(state * cls.state_offset + datetime_to_int(now()) * 10 + attempts)
         return cls.combine(state, now() if priority is None else priority, attempts)
 
     @classmethod

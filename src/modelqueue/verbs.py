@@ -11,6 +11,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from django.db.utils import Error
 
 from modelqueue import outcomes, signals
 from modelqueue.clock import now
-from modelqueue.engines import Candidate, Claim, Renewal, Verdict, engine_for
+from modelqueue.engines import Candidate, Claim, Engine, Note, Renewal, Verdict, engine_for
 from modelqueue.fields import set_loaded
 from modelqueue.outcomes import NextPriority, Policy
 from modelqueue.source import (
@@ -35,26 +36,49 @@ from modelqueue.source import (
 )
 from modelqueue.status import State, StateLike, Status, datetime_to_int, priority_to_datetime, shifted
 
-__all__ = ["Pruned", "cancel", "claim", "enqueue", "prune", "recover", "release", "renew", "retry"]
+__all__ = [
+    "Pruned",
+    "cancel",
+    "claim",
+    "enqueue",
+    "prune",
+    "recover",
+    "release",
+    "renew",
+    "retry",
+    "take_back",
+]
 
 M = TypeVar("M", bound=models.Model)
 
 logger = logging.getLogger("modelqueue")
 
 
-def claim(source: Source[M], limit: int = 1) -> list[Claim[M]]:
-    """Take up to `limit` due tasks for this worker, see `Engine.claim`."""
-    return engine_for(source.using).claim(source.for_a_claim(), now, limit)
+def claim(source: Source[M], limit: int = 1, engine: Engine | None = None) -> list[Claim[M]]:
+    """Take up to `limit` due tasks for this worker, see `Engine.claim`.
+
+    Args:
+        engine: that of this thread, if it is at hand.
+    """
+    return (engine or engine_for(source.using)).claim(source.for_a_claim(), now, limit)
 
 
-def renew(source: Source[Any], leases: dict[Any, set[Status]]) -> Renewal:
+def renew(
+    source: Source[Any],
+    leases: dict[Any, set[Status]],
+    note: Note = lambda key, stored, renewed: None,
+) -> Renewal:
     """Tell the database that these tasks are still being worked on, see `Engine.renew`.
 
     Not for long if that does not succeed: who has an outcome to write waits for it.
     """
     engine = engine_for(source.using)
     engine.patience = 1.0
-    return engine.renew(source, leases, now)
+    found = engine.renew(source, leases, now, note)
+    if found.lost and engine.catch_up():  # their claims may not have come to this node of a cluster yet
+        again = engine.renew(source, {key: leases[key] for key in found.lost}, now, note)
+        found = Renewal(found.renewed | again.renewed, found.locked | again.locked, again.lost)
+    return found
 
 
 def recover(
@@ -83,10 +107,7 @@ def recover(
         if not is_certain(row):
             return None
         status, note, wrong_delay = outcomes.recovered(row.status, policy, moment)
-        if wrong_delay is not None:
-            logger.error(
-                "The delay of a recovered task can not be computed, it is zero.", exc_info=wrong_delay
-            )
+        _log_wrong_delay(wrong_delay)
         return Verdict(status, note)
 
     count = 0
@@ -94,22 +115,34 @@ def recover(
     for page in engine_for(source.using).recover(source, cutoff, judge):
         count += len(page)
         for row, status in page:
-            signals.send(
-                signals.task_recovered,
-                source.model,
-                field=source.field.name,
-                using=source.using,
-                queue=source.queue_name,
-                pk=row.pk,
-                lease=row.status,
-                status=status,
-            )
+            _tell_recovered(source, row.pk, row.status, status)
         if time.monotonic() > deadline:
             break
     return count
 
 
-def release(source: Source[Any], row: Candidate, leases: set[Status], waits: bool = True) -> bool:
+def _log_wrong_delay(error: Exception | None) -> None:
+    if error is not None:
+        logger.error("The delay of a recovered task can not be computed, it is zero.", exc_info=error)
+
+
+def _tell_recovered(
+    source: Source[Any], pk: Any, lease: Status, status: Status, why: BaseException | None = None
+) -> None:
+    signals.send(
+        signals.task_recovered,
+        source.model,
+        field=source.field.name,
+        using=source.using,
+        queue=source.queue_name,
+        pk=pk,
+        lease=lease,
+        status=status,
+        error=why,
+    )
+
+
+def release(source: Source[Any], row: Candidate, leases: AbstractSet[Status], waits: bool = True) -> bool:
     """Give a claimed task back uncharged: it waits as it did before the claim, and what that set is undone.
 
     Args:
@@ -118,17 +151,13 @@ def release(source: Source[Any], row: Candidate, leases: set[Status], waits: boo
         waits: whether to wait for somebody who has locked the row.
 
     Returns:
-        Whether it was still ours.
+        Whether it was still ours. (Not, if the clock was set back: then it is left to its recovery.)
 
     Raises:
         RowLocked: somebody has locked it, and this does not wait.
     """
-    latest = priority_to_datetime(max(leases).priority)
-    deadline = time.monotonic() + 1.0
-    while latest is not None and row.status.priority < max(leases).priority and now() < latest:
-        if time.monotonic() > deadline:  # the clock was set back: left to its recovery
-            return False
-        time.sleep(0.0005)  # so that its next claim gets another lease
+    if row.status.priority < max(leases).priority and not _has_come(max(leases)):
+        return False
     engine, before = engine_for(source.using), source.by_field(row.before)
 
     def give_back() -> bool:
@@ -139,6 +168,54 @@ def release(source: Source[Any], row: Candidate, leases: set[Status], waits: boo
             return engine.compare_and_set(source, row, {*leases}, row.status, others=before)
 
     return engine.patiently(give_back, reconnect=True)
+
+
+def take_back(
+    source: Source[Any], policy: Policy, row: Candidate, leases: AbstractSet[Status], why: BaseException
+) -> bool:
+    """Take back a task whose worker is dead for sure, without waiting for its lease to run out.
+
+    Args:
+        row: as it was before the claim.
+        leases: what may stand in the row as long as it is that worker's.
+        why: what has become of it, for the error field.
+
+    Returns:
+        Whether it was still that worker's. Then the attempt is charged, as by `recover`.
+
+    Raises:
+        RowLocked: somebody has locked it.
+    """
+    lease = max(leases)
+    if not _has_come(lease):
+        return False
+    engine = engine_for(source.using)
+    status, note, wrong_delay = outcomes.recovered(lease, policy, now(), why)
+    _log_wrong_delay(wrong_delay)
+
+    def charge() -> bool:
+        with engine.transaction():
+            engine.lock_or_refuse(source.owner_rows().filter(pk=row.key))
+            if source.has_error_field_elsewhere:
+                keys = source.keys_of_errors([row.pk])
+                engine.lock_or_refuse(source.error_rows().filter(pk__in=list(keys.values())))
+            return engine.compare_and_set(source, row, {*leases}, status, note)
+
+    was_its = engine.patiently(charge, reconnect=True)
+    if was_its:
+        _tell_recovered(source, row.pk, lease, status, why)
+    return was_its
+
+
+def _has_come(lease: Status) -> bool:
+    """Wait until the time of a lease has come, so that the next claim gets another; return whether it has."""
+    latest = priority_to_datetime(lease.priority)
+    deadline = time.monotonic() + 1.0
+    while latest is not None and now() < latest:
+        if time.monotonic() > deadline:  # the clock was set back
+            return False
+        time.sleep(0.0005)
+    return True
 
 
 def cancel(queryset: Tasks[Any], field: str) -> int:

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
 
 
 def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
-    (queue,) = chosen_queues([options["queue"]], [], None)
+    (queue,) = chosen_queues([options["queue"]])
     selection = selected(queue, options, verb)
     with Clocks().of(checked_using(queue)):
         result = change(queue, selection, verb, options["dry_run"])

@@ -1,4 +1,4 @@
-"""What several sub-commands read off the command line: names of queues, durations, states."""
+"""What several sub-commands read off the command line: queues, a database, durations, states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from modelqueue.queues import Queue, declared_queues
 from modelqueue.report import in_a_line
 from modelqueue.status import State, Status
 
-__all__ = ["WRONG_USAGE", "checked_using", "chosen_queues", "duration", "one_of_the_states"]
+__all__ = [
+    "WRONG_USAGE",
+    "add_database",
+    "add_queues",
+    "checked_using",
+    "chosen_queues",
+    "duration",
+    "one_of_the_states",
+]
 
 logger = logging.getLogger("modelqueue")
 
@@ -26,7 +34,19 @@ logger = logging.getLogger("modelqueue")
 WRONG_USAGE = 2
 
 
-def chosen_queues(names: list[str], exclude: list[str], using: str | None) -> list[Queue[Any]]:
+def add_queues(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default"
+    )
+
+
+def add_database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--database", metavar="ALIAS", help="only queues whose tasks are in this database")
+
+
+def chosen_queues(
+    names: Collection[str], exclude: Collection[str] = (), using: str | None = None
+) -> list[Queue[Any]]:
     """Return the declared queues of these names, or all.
 
     Raises:

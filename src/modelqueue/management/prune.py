@@ -10,7 +10,7 @@ from typing import Any
 from django.core.management.base import BaseCommand
 
 from modelqueue import verbs
-from modelqueue.management.choose import chosen_queues, duration, one_of_the_states
+from modelqueue.management.choose import add_queues, chosen_queues, duration, one_of_the_states
 from modelqueue.management.clocks import Clocks
 from modelqueue.management.progress import Progress
 from modelqueue.management.words import counted, hint
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit codes: 0 done; 1 some tasks could not be deleted, as somebody has locked them or a foreign key "
         "protects them, or a queue can not be pruned; 2 wrong usage, or there is no such queue."
     )
-    add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
+    add_queues(parser)
     add(
         "--older-than",
         type=partial(duration, needs_unit=True),  # 30 seconds in place of days would delete too much
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
     results, clocks = [], Clocks()
-    for queue in chosen_queues(options["queues"], [], None):
+    for queue in chosen_queues(options["queues"]):
         result: dict[str, Any] = {
             "queue": queue.name, "matching": 0, "deleted": 0, "locked": 0, "protected": 0, "protected_by": []
         }  # fmt: skip

@@ -14,7 +14,7 @@ from django.db import close_old_connections
 
 from modelqueue.clock import now
 from modelqueue.durations import in_short
-from modelqueue.management.choose import chosen_queues
+from modelqueue.management.choose import add_queues, chosen_queues
 from modelqueue.management.clocks import Clocks
 from modelqueue.management.words import hint
 from modelqueue.report import LATELY, Failure, Figures, report
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Exit codes: 0 shown; 1 a queue can not be looked at; 2 wrong usage, or there is no such queue."
     )
-    add("queues", nargs="*", metavar="QUEUE", help="the names of queues; all that are declared by default")
+    add_queues(parser)
     add(
         "--json",
         action="store_true",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(command: BaseCommand, options: dict[str, Any]) -> int:
-    queues, clocks = chosen_queues(options["queues"], [], None), Clocks()
+    queues, clocks = chosen_queues(options["queues"]), Clocks()
     if not options["watch"]:
         found = report(queues, clock_of=clocks.of)
         command.stdout.write(shown(found, options["json"]))

@@ -6,11 +6,12 @@ from django.db import Error, InterfaceError, OperationalError, ProgrammingError,
 
 from modelqueue.engines import engine_for
 
-__all__ = ["SOURCE_HINT", "counted", "hint", "trouble"]
+__all__ = ["DATABASE_HINT", "SOURCE_HINT", "counted", "hint", "trouble"]
 
 #: What to look at when a database can not be used.
 DATABASE_HINT = (
-    "Is its server up, does DATABASES name the right one, and are all migrations applied (migrate)?"
+    "Is its server up, does DATABASES name the right one, may its user use the table, and are all migrations "
+    "applied (migrate)?"
 )
 
 LOCK_HINT = "Somebody holds a lock, in a long transaction perhaps. Try again."

@@ -9,7 +9,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error
 
 from modelqueue.checks import TAG
-from modelqueue.management import cancel, enqueue, prune, retry, status, worker
+from modelqueue.management import cancel, doctor, enqueue, prune, retry, status, worker
 from modelqueue.management.words import hint, trouble
 from modelqueue.report import in_a_line
 
@@ -22,6 +22,7 @@ _SUBCOMMANDS = {
     "cancel": cancel,
     "enqueue": enqueue,
     "prune": prune,
+    "doctor": doctor,
 }
 
 
