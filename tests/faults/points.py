@@ -23,6 +23,7 @@ from typing import Any
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
 
 from modelqueue.attempts import AtomicAttempt, Attempt
 from modelqueue.engines import Engine
@@ -88,6 +89,22 @@ def fault(
     finally:
         _here.faults = before
         _here.step = None
+
+
+def fault_in_any_thread(
+    step: str, moment: str, do: Callable[[BaseDatabaseWrapper], object], nth: int = 1
+) -> Fault:
+    """Do something the nth time that any thread of this process comes to a point, from now on."""
+    new = Fault(step, moment, do, nth)
+    _install()
+    _Here.faults = (new,)
+    connection_created.connect(_see_statements)
+    return new
+
+
+def _see_statements(connection: BaseDatabaseWrapper, **_: Any) -> None:
+    if _around_statement not in connection.execute_wrappers:
+        connection.execute_wrappers.append(_around_statement)
 
 
 def _around_statement(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:

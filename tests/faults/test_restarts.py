@@ -14,7 +14,7 @@ from tests import servers
 from tests.actions import stored
 from tests.faults.trace import Trace
 from tests.faults.workers import drain, run_next
-from tests.processes import Processes, wait_until
+from tests.processes import Processes, make_tables, wait_until
 from tests.testapp.models import Ledger, Task
 
 
@@ -25,16 +25,8 @@ def server():
         pytest.skip("SQLite has no server")
     with servers.start_guarded_server(name) as server:
         with Processes(servers.databases(server.connection)) as processes:
-            processes.start(make_tables).result()
+            processes.start(make_tables, "Task", "Ledger").result()
         yield server
-
-
-def make_tables():
-    with connection._nodb_cursor() as cursor:
-        cursor.execute(f"CREATE DATABASE {connection.settings_dict['NAME']}")
-    with connection.schema_editor() as editor:
-        editor.create_model(Task)
-        editor.create_model(Ledger)
 
 
 def run_through_a_restart(is_atomic, patience, path):
