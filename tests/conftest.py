@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from django.conf import settings
-from django.contrib.contenttypes.management import create_contenttypes
-from django.db import connection, connections
-from django.db.models.signals import post_migrate
+from django.db import connection, connections, transaction
+from django.test import TransactionTestCase
 
 import modelqueue
 from modelqueue import Status, clock, execution, queues
 from modelqueue.fields import declared_on
 from tests.processes import Processes
+from tests.worker.workers import Workers
 
 IN_MEMORY = Path("/dev/shm")
 
@@ -41,17 +42,34 @@ def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix):
 
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup):
-    """Empty the tables after a test without filling others: that took half of the time of a short test."""
-    assert post_migrate.disconnect(dispatch_uid="django.contrib.auth.management.create_permissions")
-    assert post_migrate.disconnect(create_contenttypes)
-    for alias in connections:
-        if connections[alias].vendor == "postgresql":  # to truncate takes many times as long
-            connections[alias].ops.sql_flush = functools.partial(delete_all, connections[alias].ops)
+    """Empty the tables after a test at the least cost: Django's way took a quarter of the time of the suite.
+
+    It asks for their names, writes to each, and fills others, as it does after `migrate`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransactionTestCase, "_fixture_teardown", empty_tables)
+        yield
 
 
-def delete_all(operations, style, tables, *, reset_sequences=False, allow_cascade=False):
-    """Return the statements that empty tables, whose foreign keys are checked at the end of it."""
-    return [f"DELETE FROM {operations.quote_name(table)}" for table in tables]
+def empty_tables(case):
+    for alias in case._databases_names(include_mirrors=False):
+        one = connections[alias]
+        with one.constraint_checks_disabled(), transaction.atomic(using=alias), one.cursor() as cursor:
+            for table in filled_tables(alias, cursor):
+                cursor.execute(f"DELETE FROM {table}")
+
+
+def filled_tables(alias, cursor):
+    tables = names_of_tables(alias)
+    cursor.execute(f"SELECT {', '.join(f'EXISTS (SELECT 1 FROM {table})' for table in tables)}")
+    return itertools.compress(tables, cursor.fetchone())
+
+
+@functools.cache
+def names_of_tables(alias):
+    """The tables of all models, quoted."""
+    one = connections[alias]
+    return [one.ops.quote_name(name) for name in one.introspection.django_table_names(only_existing=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +134,16 @@ def step_by_step(settings):
 
 
 @pytest.fixture
+def bystander():
+    """Another session, in an open transaction; what it locks stays locked until the test is over."""
+    other = connection.copy()
+    other.set_autocommit(False)
+    yield other
+    other.rollback()
+    other.close()
+
+
+@pytest.fixture
 def vendor() -> str:
     """Django's name of the database: sqlite, postgresql, mysql (MariaDB too)."""
     return connection.vendor
@@ -125,4 +153,11 @@ def vendor() -> str:
 def processes(transactional_db):
     """Real processes on the database of this test; see `tests.processes`."""
     with Processes() as started:
+        yield started
+
+
+@pytest.fixture
+def workers(transactional_db):
+    """Real workers on the database of this test; see `tests.worker.workers`."""
+    with Workers() as started:
         yield started

@@ -21,6 +21,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "modelqueue",
     "tests.testapp",
+    *os.environ.get("MODELQUEUE_TEST_APPS", "").split(),
 ]
 # Their tables are made without migrations, which is several times faster and tests the same.
 MIGRATION_MODULES = {"admin": None, "auth": None, "contenttypes": None, "sessions": None}

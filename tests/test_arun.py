@@ -191,6 +191,21 @@ def test_transaction_that_the_action_left_open_is_rolled_back(kind):
 # Arguments
 
 
+@pytest.mark.vendor("sqlite")
+def test_outcome_of_an_action_that_has_failed_in_the_midst_of_a_query_is_recorded():
+    """The query locks others out, and with them the thread that records it."""
+
+    def act(task):
+        rows = Task.objects.iterator(chunk_size=1)
+        next(rows)
+        raise ValueError(task)
+
+    tasks = Task.objects.bulk_create([Task() for _ in range(50)])
+    with pytest.raises(ValueError, match="Task object"):
+        on_a_loop(arun(Task.objects, "status", act))
+    assert stored(tasks[0]).attempts == 1
+
+
 def test_async_action_can_not_be_atomic():
     Task.objects.create()
     with pytest.raises(TypeError, match=r"atomic=True is not for the action .*async function"):

@@ -303,6 +303,36 @@ def test_commit_whose_answer_was_lost_counts(model, monkeypatch, caplog):
     assert "its commit ended with an error" in caplog.text
 
 
+@pytest.mark.parametrize("status", [Status.created(7), Status.waiting(0, 1), Status.finished(0)])
+def test_commit_whose_answer_was_lost_counts_with_a_status_that_the_action_wrote_by_its_queryset(
+    status, monkeypatch
+):
+    paper = Paper.objects.create()
+
+    def act(paper):
+        write_down(paper)
+        Paper.objects.filter(pk=paper.pk).update(status=status)
+        lose_answer_of_commit(monkeypatch, is_done=True)
+
+    with heard("task_finished", "lease_lost") as events:
+        assert run_atomic(Paper.objects, act).status == status
+    assert [(name, facts["outcome"]) for name, facts in events] == [("task_finished", "assign")]
+    assert stored(paper) == status
+    assert Ledger.objects.count() == 1
+
+
+def test_status_written_by_a_queryset_whose_commit_was_lost_is_gone_with_it(monkeypatch):
+    paper = Paper.objects.create()
+
+    def act(paper):
+        Paper.objects.filter(pk=paper.pk).update(status=Status.created(7))
+        lose_answer_of_commit(monkeypatch, is_done=False)
+
+    with pytest.raises(OperationalError):
+        run_atomic(Paper.objects, act)
+    assert (stored(paper).state, stored(paper).attempts) == (State.waiting, 1)
+
+
 @models
 def test_commit_that_was_lost_with_its_connection_is_a_failed_attempt(model, monkeypatch):
     paper = model.objects.create(title="a")

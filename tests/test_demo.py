@@ -72,7 +72,7 @@ def check_that_the_tasks_of_the_killed_process_are_recovered(documents: Document
     held = re.findall(r"^ *[\d.]+ s +document (\d+), ", output, re.MULTILINE)
     assert held, output
     for pk in held:
-        assert f"has recovered document {pk}" in output
+        assert f"the supervisor has taken back document {pk}" in output
         state, attempts, *_ = documents[int(pk)]
         # The second is for files that are not valid.
         assert (state, attempts) in [("4", "2"), ("5", "3")]

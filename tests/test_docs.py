@@ -22,7 +22,7 @@ from django.db import connection, models
 from django.test.utils import CaptureQueriesContext, isolate_apps, override_settings
 
 import modelqueue
-from modelqueue import State, Status, backoff, conf, queues, testing, verbs
+from modelqueue import State, Status, backoff, conf, findings, operations, queues, testing, verbs
 from modelqueue.fields import declared_on
 from modelqueue.management.commands.modelqueue import Command
 from modelqueue.outcomes import Ending, Policy
@@ -164,6 +164,8 @@ def test_code_on_page_runs(page, monkeypatch, settings, tmp_path):
     settings.MEDIA_ROOT = tmp_path
     if name_of(page) == "docs/howto/unique.md" and not connection.features.supports_partial_indexes:
         pytest.skip("needs constraints with a condition")
+    if name_of(page) == "docs/howto/bulk.md" and connection.vendor != "postgresql":
+        pytest.skip("needs COPY")
     with reader(page, monkeypatch) as one:
         one.names["INSTALLED_APPS"] = []  # of the reader's project
         if name_of(page) == "docs/index.md":  # an excerpt of the README
@@ -222,6 +224,16 @@ def check_testing(names: dict[str, Any]) -> None:
     assert result.wasSuccessful(), result.errors + result.failures
     with travel() as clock:
         names["test_two_letters_are_posted_in_two_weeks"](None, clock)
+
+
+def check_bulk(names: dict[str, Any]) -> None:
+    """All rows of the page are waiting: 5,000 and 10 by bulk_create, one by SELECT, 5,000 by COPY."""
+    mails = names["Mail"].objects
+    assert Status.tally(mails, "status") == {
+        "created": 0, "waiting": 10_011, "working": 0, "finished": 0, "canceled": 0
+    }  # fmt: skip
+    first = verbs.claim(Source.of(mails, "status"), 10)
+    assert {claim.task.recipient[1:] for claim in first} == {"@example.org"}
 
 
 def check_claims(names: dict[str, Any]) -> None:
@@ -290,9 +302,23 @@ CHECKS = {
     "docs/index.md": check_readme,
     "docs/introduction.md": check_readme,
     "docs/explanation/claims.md": check_claims,
+    "docs/howto/bulk.md": check_bulk,
     "docs/howto/production.md": check_production,
     "docs/howto/testing.md": check_testing,
 }
+
+
+@pytest.mark.django_db
+def test_number_of_now_is_what_a_database_is_said_to_make_of_it():
+    text = (pages.DOCS / "howto/bulk.md").read_text()
+    rows = {row[0]: row[1].strip("`") for row in table_after(text, "| database | SQL |")}
+    names = {"postgresql": "PostgreSQL", "mysql": "MariaDB, MySQL", "sqlite": "SQLite"}
+    with connection.cursor() as cursor:
+        before = Status.waiting()
+        cursor.execute(f"SELECT {rows[names[connection.vendor]]}")
+        made = Status(cursor.fetchone()[0])
+        after = Status.waiting()
+    assert before - 10 <= made <= after + 10
 
 
 def test_every_block_of_code_is_run_somewhere():
@@ -320,6 +346,14 @@ def test_queue_is_added_to_a_table_with_rows(settings):
     server = connection.settings_dict
     results = measure({key: server[key] for key in ("ENGINE", "HOST", "USER")}, rows=6000)
     assert len(results) == 8, results
+
+
+def test_each_measure_of_the_benchmarks_has_its_row():
+    from benchmarks.__main__ import MEASURES
+
+    page = (pages.DOCS / "reference" / "benchmarks.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert rows == list(MEASURES)
 
 
 def test_package_docstring_runs_without_apps():
@@ -357,6 +391,7 @@ def test_reference_names_every_public_name_and_no_other():
     public = {name for name in modelqueue.__all__ if name != "backoff"}
     public |= {f"backoff.{name}" for name in backoff.__all__}
     public |= {f"testing.{name}" for name in testing.__all__}
+    public |= {f"operations.{name}" for name in operations.__all__}
     public |= {"__title__", "__version__"}
     assert entries() == public
 
@@ -451,6 +486,12 @@ def test_each_sub_command_is_listed_in_the_reference():
     assert [(re.findall(r"`(\w+)`", name)[0], text) for name, text in rows] == [
         (action.dest, action.help) for action in list_of_sub_commands()
     ]
+
+
+def test_each_check_of_the_doctor_has_its_row():
+    rows = table_after((REFERENCE / "commands.md").read_text(), "| check | question | severity |")
+    assert [(name.strip("`"), question) for name, question, _ in rows] == list(findings.CHECKS.items())
+    assert all(re.match("error|warning|info", severity) for _, _, severity in rows)
 
 
 @pytest.fixture

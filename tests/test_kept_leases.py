@@ -5,11 +5,12 @@ import datetime as dt
 import logging
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import OperationalError, connection, connections, transaction
+from django.db import DatabaseError, OperationalError, connection, connections, transaction
 from django.test.utils import CaptureQueriesContext
 
 import modelqueue
@@ -17,6 +18,7 @@ from modelqueue import State, Status, leases, verbs
 from modelqueue.engines import Engine, engine_for
 from modelqueue.leases import Keeper
 from tests.actions import SECOND, heard, stored
+from tests.faults.harm import end_session
 from tests.processes import wait_until
 from tests.testapp.models import Errand, Paper, Task
 from tests.testapp.queues import do_errand
@@ -201,6 +203,14 @@ def test_inside_a_transaction_of_the_caller_nothing_is_renewed():
     assert claims == [None]
 
 
+def let_go(keeper):
+    """Reserve nothing any more, and wait for the end of the thread."""
+    with keeper._changed:
+        keeper._is_reserved = False
+        keeper._changed.notify()
+    wait_until(lambda: keeper._thread is None)
+
+
 def test_thread_ends_when_there_is_nothing_to_renew_and_begins_anew(declare, monkeypatch):
     monkeypatch.setattr(leases, "_LINGER", 0.05)
     own = Keeper("default")
@@ -230,30 +240,59 @@ def test_connection_that_is_reserved_is_there_before_the_first_lease_and_after_t
     wait_until(lambda: keeper._is_connected)
     time.sleep(0.2)
     assert (keeper._is_connected, len(tries)) == (True, 2)
-    with keeper._changed:
-        keeper._is_reserved = False
-        keeper._changed.notify()
-    wait_until(lambda: keeper._thread is None)
+    let_go(keeper)
     assert not keeper._is_connected
 
 
 def test_reserved_connection_that_was_closed_meanwhile_is_replaced(monkeypatch):
     """By a restart of the server, for example, while nothing was held."""
     monkeypatch.setattr(leases, "_LONGEST_REST", 0.05)
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
     keeper, asked = Keeper("default"), []
     engine = type(engine_for("default"))
     monkeypatch.setattr(engine, "is_connected", lambda self: asked.append(1) or len(asked) != 2)
     closed = []
-    close = Keeper._close_connections
-    monkeypatch.setattr(Keeper, "_close_connections", lambda self: closed.append(len(asked)) or close(self))
+    close = keeper._close_connections
+    monkeypatch.setattr(keeper, "_close_connections", lambda: closed.append(len(asked)) or close())
     keeper.reserve()
     wait_until(lambda: len(asked) > 3)
     assert closed == [2]
     assert keeper._is_connected
+    let_go(keeper)
+
+
+def test_reserved_connection_that_does_not_even_tell_whether_it_is_there_is_replaced(monkeypatch):
+    """Whatever a driver raises then, it ends no renewals."""
+    monkeypatch.setattr(leases, "_LONGEST_REST", 0.05)
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
+    keeper, asked = Keeper("default"), []
+
+    def raise_once(engine):
+        asked.append(engine.connection.connection)
+        if len(asked) == 1:
+            raise AttributeError("a fault of the driver")
+        return True
+
+    monkeypatch.setattr(type(engine_for("default")), "is_connected", raise_once)
+    keeper.reserve()
+    thread = keeper._thread
+    wait_until(lambda: len(asked) > 1)
+    assert thread.is_alive()
+    assert asked[0] is not asked[1]
+    let_go(keeper)
+
+
+def test_connection_is_reserved_at_once_also_while_the_thread_waits_for_a_next_lease(monkeypatch):
+    """Else the actions may take the last one that the server has."""
+    monkeypatch.setattr(leases, "_LINGER", 600.0)
+    keeper = Keeper("default")
     with keeper._changed:
-        keeper._is_reserved = False
-        keeper._changed.notify()
-    wait_until(lambda: keeper._thread is None)
+        keeper._see_to_thread()
+    wait_until(lambda: keeper._looks_at > 0.0)
+    keeper.reserve()
+    wait_until(lambda: keeper._is_connected)
+    monkeypatch.setattr(leases, "_LINGER", 0.05)
+    let_go(keeper)
 
 
 def test_database_that_gives_no_connection_to_reserve_is_asked_again(monkeypatch, caplog):
@@ -294,6 +333,91 @@ def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(decla
     assert stored(task).state == State.finished
 
 
+@pytest.fixture
+def bystander():
+    """Another session, in autocommit."""
+    other = connection.copy()
+    yield other
+    other.close()
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How many rows each renewal has asked for, and found locked."""
+    found, renew = [], verbs.renew
+
+    def look(source, held, note):
+        renewal = renew(source, held, note)
+        found.append((len(held), len(renewal.locked)))
+        return renewal
+
+    monkeypatch.setattr(verbs, "renew", look)
+    return found
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_lease_of_an_atomic_action_is_renewed_when_the_server_has_ended_its_session(
+    declare, bystander, looks, monkeypatch
+):
+    """With it the lock is gone, which was the lease, and the action does not know."""
+    monkeypatch.setattr(leases, "_SHARE", 1)
+
+    def act(task):
+        if not first:
+            with bystander.cursor() as cursor:
+                cursor.execute("SELECT status FROM testapp_task")
+                first.extend(cursor.fetchone())
+            end_session(connection, bystander)
+            wait_until(lambda: (1, 0) in looks)
+            with bystander.cursor() as cursor:
+                cursor.execute("SELECT status FROM testapp_task")
+                first.extend(cursor.fetchone())
+
+    first = []
+    made = declare(Task, "status", name="tasks", lease=60 * SECOND, atomic=True)(act)
+    task = Task.objects.create()
+    with heard("task_finished", "lease_lost") as events, suppress(DatabaseError):
+        made.run()
+    assert first[1] > first[0]
+    assert [(name, event["outcome"]) for name, event in events] == [("task_finished", "fail")]
+    assert stored(task).attempts == 1
+    made.run()
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 2)
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_lease_of_an_atomic_action_is_not_renewed_while_its_lock_is_there(declare, looks):
+    def act(task):
+        wait_until(lambda: looks.count((1, 1)) > 2)
+
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND, atomic=True)(act)
+    task = Task.objects.create()
+    with heard("task_finished", "lease_lost") as events:
+        made.run()
+    assert (stored(task).state, stored(task).attempts) == (State.finished, 1)
+    assert [name for name, _ in events] == ["task_finished"]
+    assert set(looks) == {(1, 1)}
+
+
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_row_that_is_locked_is_tried_again_soon_and_it_alone(declare, bystander, looks, monkeypatch):
+    monkeypatch.setattr(leases, "_SHARE", 1)
+    made = declare(Task, "status", name="tasks")(lambda task: None)
+    source = made.source()
+    Task.objects.bulk_create([Task(), Task(), Task()])
+    claims = verbs.claim(source, 3)
+    kept = [Keeper("default").hold(made.attempt(claims[0], source), 3600.0)]
+    kept += [kept[0]._keeper.hold(made.attempt(claim, source), 3600.0) for claim in claims[1:]]
+    with transaction.atomic(using="default"):
+        Task.objects.select_for_update().get(pk=claims[0].row.pk)
+        assert kept[1].renew()
+        wait_until(lambda: len(looks) > 2)
+    wait_until(lambda: looks[-1][1] == 0)
+    assert looks == [(3, 1), *[(1, 1)] * (len(looks) - 2), (1, 0)]
+    for lease in kept:
+        lease.end()
+
+
 def test_lease_that_is_kept_again_is_renewed_at_once_also_by_a_new_thread(declare, monkeypatch):
     monkeypatch.setattr(leases, "_LINGER", 0.05)
     monkeypatch.setattr(leases, "_SHARE", 1)
@@ -320,11 +444,11 @@ def test_leases_that_can_not_be_renewed_are_told_once(declare, monkeypatch, capl
         wait_until(lambda: len(tries) == 3)
         see_renewed(task)
 
-    def renew(source, leases):
+    def renew(*arguments):
         if len(tries) < 3:
             tries.append("away")
             raise OperationalError("away")
-        return actual(source, leases)
+        return actual(*arguments)
 
     tries, actual = [], verbs.renew
     monkeypatch.setattr(verbs, "renew", renew)

@@ -11,7 +11,8 @@ import modelqueue
 from tests.processes import wait_until
 from tests.testapp.models import Ledger, Task
 
-TIMEOUT = dt.timedelta(seconds=3)
+#: Long enough for one that lives, on a busy machine.
+TIMEOUT = dt.timedelta(seconds=6)
 TASKS = 300
 KILLS = 6
 
@@ -31,7 +32,7 @@ def run_until_done():
         if task is None:
             if not Task.objects.filter(status__state__in=["waiting", "working"]).exists():
                 return
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 @pytest.mark.django_db(transaction=True)

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import OperationalError
+from django.db import OperationalError, models
 
 import modelqueue
 from modelqueue import State, Status, clock, queues
@@ -54,6 +54,43 @@ def test_queue_is_over_a_model_a_manager_a_queryset_or_a_callable(origin, declar
     other = Task.objects.create()
     assert made.run() == task
     assert made.run() == (other if origin in ("model", "manager") else None)
+
+
+class Lately(models.Manager):
+    def get_queryset(self):
+        return super().get_queryset().filter(status__gte=int(Status.waiting(clock.now() - SECOND)))
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_same"),
+    [
+        (Task, True),
+        (Task.objects, True),
+        (Task.objects.filter(data="a"), True),
+        (lambda: Task.objects.filter(data="a"), False),
+        (Lately, False),
+    ],
+)
+def test_rows_are_looked_at_anew_for_each_claim_where_they_may_be_others(origin, is_same, declare):
+    if origin is Lately:
+        origin = Lately()
+        origin.model = Task
+    queue = declare(origin, "status", name="tasks")(succeed)
+    assert (queue.source() is queue.source()) == is_same
+    assert (queue.shared() is queue.shared()) == is_same
+    assert queue.shared().below == 3
+
+
+def test_router_is_asked_for_each_claim(declare, settings):
+    queue = declare(Task, "status", name="tasks")(succeed)
+    assert queue.source().using == "default"
+    settings.DATABASE_ROUTERS = [Elsewhere()]
+    assert (queue.source().using, queue.shared().using) == ("other", "other")
+
+
+class Elsewhere:
+    def db_for_write(self, model, **hints):
+        return "other"
 
 
 def test_callable_is_called_for_each_claim(declare):
@@ -545,11 +582,14 @@ def test_current_of_an_async_action(declare):
 
     async def look(task):
         seen.append(modelqueue.current().queue.name)
+        left.append(modelqueue.current().deadline - modelqueue.now())
 
-    made = declare(Task, "status", name="tasks")(look)
+    left = []
+    made = declare(Task, "status", name="tasks", timeout=60 * SECOND)(look)
     Task.objects.create()
     async_to_sync(made.arun)()
     assert seen == ["tasks"]
+    assert 50 * SECOND < left[0] <= 60 * SECOND
 
 
 def test_current_outside_of_an_action_is_an_error():

@@ -7,6 +7,7 @@ import asyncio
 import os
 import threading
 import time
+import traceback
 from collections import Counter
 
 import pytest
@@ -16,13 +17,16 @@ from django.db.models import F
 from django.db.models.signals import pre_save
 
 import modelqueue
-from modelqueue import Status, verbs
+from modelqueue import Status, conf, verbs
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import write_down
+from tests.pace import within
 from tests.testapp.models import Ledger, Paper, PrintJob, Task
 
 WORKERS = 8
+#: For processes. The portable engine takes several times as long for each.
+MANY = 5000 if conf.get("ENGINE") == "auto" else 1000
 #: For threads and coroutines, which take turns; MODELQUEUE_TEST_TASKS=5000 makes it a long run.
 TASKS = int(os.environ.get("MODELQUEUE_TEST_TASKS", "800"))
 
@@ -38,6 +42,7 @@ def drain(using):
         try:
             task = modelqueue.run(Task.objects.using(using), "status", write_down)
         except Exception as error:
+            traceback.print_exc()
             errors.append(repr(error))
             continue
         if task is None and not is_left(using):
@@ -56,6 +61,7 @@ def assert_each_ran_once(using, count):
     assert set(statuses) == {(modelqueue.State.finished, 1)}
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.django_db(transaction=True, databases=["default", "other"])
 @pytest.mark.parametrize(
     "using",
@@ -64,11 +70,15 @@ def assert_each_ran_once(using, count):
         pytest.param("other", marks=pytest.mark.vendor("sqlite")),  # WAL and IMMEDIATE
     ],
 )
-def test_eight_processes_run_each_of_5000_tasks_once(processes, using):
-    fill(using, 5000)
+def test_eight_processes_run_each_of_thousands_of_tasks_once(processes, using):
+    fill(using, MANY)
     workers = [processes.start(drain, using) for _ in range(WORKERS)]
-    assert [worker.result(280) for worker in workers] == [[]] * WORKERS
-    assert_each_ran_once(using, 5000)
+    try:
+        assert [worker.result(600) for worker in workers] == [[]] * WORKERS
+    except TimeoutError as error:
+        counts = Status.tally(Task.objects.using(using), "status")
+        raise TimeoutError(f"{counts}\n{error}") from None
+    assert_each_ran_once(using, MANY)
 
 
 @pytest.mark.django_db(transaction=True, databases=["default", "other"])
@@ -184,7 +194,7 @@ def test_expired_tasks_are_recovered_once_each_by_all_who_see_them():
         return count
 
     assert sum(in_threads(work)) == 500
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < within(30)
     assert {task.status.attempts for task in Task.objects.all()} == {1}
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 from django.db import connection
 
-from modelqueue import Abort, Cancel, Retry, Status, clock, run, signals, verbs
+from modelqueue import Abort, Cancel, Retry, State, Status, clock, run, signals, verbs
 from modelqueue.outcomes import Policy
 from modelqueue.source import Source
 from tests.actions import LONG_AGO, SECOND, Clock, heard, raising, stored, succeed
@@ -173,7 +173,7 @@ def test_recovery_is_told(retry, status):
     with heard() as events:
         recover(PrintJob.objects, "review_status", retry=retry)
     facts = {"sender": PrintJob, "pk": job.pk, "field": "review_status", "using": "default", "queue": None}
-    assert events == [("task_recovered", {**facts, "lease": EXPIRED, "status": status})]
+    assert events == [("task_recovered", {**facts, "lease": EXPIRED, "status": status, "error": None})]
 
 
 def test_each_recovered_task_is_told():
@@ -464,6 +464,20 @@ def test_delay_that_can_not_be_computed_is_logged_with_its_traceback(caplog):
     assert not any(hasattr(error, key) for key in KEYS)
     assert (recovery.event, recovery.pk) == ("task_recovered", task.pk)
     assert stored(task) == Status.waiting(NOW, 2)
+
+
+def test_event_that_can_not_be_logged_changes_no_outcome(caplog, monkeypatch):
+    def fail(model, **facts):
+        raise ValueError("no")
+
+    monkeypatch.setitem(signals._observers, signals.task_finished, fail)
+    task = Task.objects.create()
+    with heard("task_finished") as events:
+        assert run(Task.objects.all(), "status", succeed) == task
+    assert len(events) == 1
+    assert stored(task).state == State.finished
+    assert f"testapp.Task {task.pk}: what has become of it can not be logged." in caplog.text
+    assert "ValueError: no" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,22 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import sysconfig
-import time
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
+from modelqueue import Status
 from tests import pages
+from tests.processes import wait_until
 
 PAGE = pages.DOCS / "tutorial" / "index.md"
+FIRST, LAST = int(Status.minimum("waiting")), int(Status.maximum("working"))
 
 #: What a reader checks in the browser.
 ADMIN = """
@@ -162,14 +166,7 @@ class Reader:
         """Wait until nothing is left to do, press Ctrl-C in each terminal, and keep what was printed."""
         if not self.workers:
             return
-        question = (
-            "from documents.queues import count_words;"
-            "tally = count_words.tally(); print(tally['waiting'] + tally['working'])"
-        )
-        deadline = time.monotonic() + 60
-        while self.call(["python", "manage.py", "shell", "-c", question]).split()[-1] != "0":
-            assert time.monotonic() < deadline, "the queue is not drained"
-            time.sleep(0.2)
+        wait_until(lambda: self.left() == 0)
         for worker in self.workers:
             worker.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
         for worker in self.workers:
@@ -177,6 +174,12 @@ class Reader:
             assert os.name == "nt" or worker.returncode == 0, printed
             self.output.append(printed)
         self.workers = []
+
+    def left(self) -> int:
+        """How many are waiting or working. Asked here: a command for each look takes longer than the rest."""
+        with closing(sqlite3.connect(self.folder / "db.sqlite3", timeout=20)) as connection:
+            query = f"SELECT count(*) FROM documents_document WHERE status BETWEEN {FIRST} AND {LAST}"
+            return int(connection.execute(query).fetchone()[0])
 
     def lend_django(self) -> None:
         """Let the new environment have the Django of this one, as if an index had been asked for it."""
@@ -209,6 +212,7 @@ def reader(wheel, tmp_path):
     one.close()
 
 
+@pytest.mark.timeout(900)  # it makes an environment, and runs twenty commands
 @pytest.mark.vendor("sqlite")
 def test_tutorial_ends_in_a_working_queue(reader, tmp_path):
     reader.read()

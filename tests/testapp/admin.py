@@ -3,7 +3,7 @@
 from django.contrib import admin
 
 import modelqueue
-from tests.testapp.models import Job, PlainJob, PrintJob, Project, ProxyJob
+from tests.testapp.models import Errand, Job, PlainJob, PrintJob, Project, ProxyJob
 
 
 @admin.register(Job)
@@ -15,6 +15,11 @@ class JobAdmin(admin.ModelAdmin):
 
     def get_changeform_initial_data(self, request):
         return {"status": int(modelqueue.Status.waiting(5))}
+
+
+@admin.register(Errand)
+class ErrandAdmin(admin.ModelAdmin):
+    actions = [*modelqueue.admin_actions("review_status")]
 
 
 @admin.register(ProxyJob)

@@ -240,6 +240,22 @@ if hasattr(models, "CompositePrimaryKey"):  # Django 5.2
         status = modelqueue.StatusField()
 
 
+class Archive(models.Model):
+    """Has each kind of index. Not managed, so that a test need not fill it anew: its history stays."""
+
+    whole = modelqueue.StatusField()
+    whole_nullable = modelqueue.StatusField(null=True)
+    live = modelqueue.StatusField(db_index=False)
+    live_nullable = modelqueue.StatusField(db_index=False, null=True)
+
+    class Meta:
+        managed = False
+        indexes = [
+            modelqueue.QueueIndex("live", name="archive_live"),
+            modelqueue.QueueIndex("live_nullable", name="archive_live_nullable"),
+        ]
+
+
 class Ledger(models.Model):
     """Each run of an action adds a row: who ran which task."""
 
