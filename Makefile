@@ -3,7 +3,10 @@
 
 DB ?=
 ENGINE ?= auto
+COVER ?=
 ARGS ?=
+MINUTES ?= 1
+SEED ?=
 PYTHON ?= python3
 
 VENV := .venv
@@ -16,7 +19,7 @@ export UV_PROJECT_ENVIRONMENT := $(VENV)
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-admin test lint format types docs matrix coverage bench clean
+.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all peers kill-matrix outages soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +30,25 @@ demo: $(VENV)/.test ## watch a worker drain a queue of real files (DB=sqlite or 
 demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin
 	$(PY) examples/demo.py admin $(if $(DB),--db $(DB))
 
-test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ENGINE=portable, ARGS="-k word")
-	$(PY) -m tests.suite --db $(or $(DB),all) --engine $(ENGINE) $(ARGS)
+test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ENGINE=portable, COVER=1, ARGS="-k word")
+	$(PY) -m tests.suite --db $(or $(DB),all) --engine $(ENGINE) $(if $(COVER),--cover) $(ARGS)
+
+failover: $(VENV)/.test ## kill a PostgreSQL under load, and promote its standby
+	$(PY) -m tests.suite --db postgres tests/worker/test_failover.py -s -q --numprocesses=0
+
+galera: $(VENV)/.mariadb ## let workers on three nodes of a Galera cluster run 3,000 tasks, and kill a node
+	MODELQUEUE_TEST_TASKS=3000 $(PY) -m tests.suite --db mariadb tests/worker/test_galera.py -s -q --numprocesses=0
+
+# One after the other, as the times of each are printed, and nothing is to disturb them.
+kill-matrix: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## kill each part of a worker at each moment, and show how fast it goes on (DB=postgres|sqlite|mariadb)
+	$(PY) -m tests.suite $(if $(DB),--db $(DB),--db postgres --db sqlite --db mariadb) -q -s --numprocesses=0 -p no:randomly tests/faults/test_kill_matrix.py $(ARGS)
+
+outages: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## take the database away from workers under load, in each way, for a minute (DB=postgres|mariadb|sqlite, ARGS='-k "disk is full"')
+	MODELQUEUE_TEST_OUTAGE=$${MODELQUEUE_TEST_OUTAGE:-60} MODELQUEUE_TEST_ENDING=$${MODELQUEUE_TEST_ENDING:-20} \
+	$(PY) -m tests.suite $(if $(DB),--db $(DB),--db postgres --db mariadb --db sqlite) -q -s --numprocesses=0 -p no:randomly tests/soak/test_soak.py::test_outage $(ARGS)
+
+soak: $(VENV)/.test ## do everything to workers under load (MINUTES=20, SEED=7 to repeat one, ARGS="--server mariadb")
+	$(PY) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/.lint ## check style, formatting and the direction of imports
 	$(BIN)/ruff check .
@@ -51,7 +71,7 @@ matrix: $(VENV)/.matrix ## run the tests on SQLite and PostgreSQL with each supp
 		done; exit 1; }
 
 # Data from before the last change of the code counts for nothing: its lines are other lines.
-coverage: $(VENV)/.test ## sum up what make test and make matrix have covered; less than every line and branch fails
+coverage: $(VENV)/.test ## sum up what make test COVER=1 and make matrix have covered; less than every line and branch fails
 	@mkdir -p build/coverage
 	@find build/coverage -type f ! -newer "$$(find src -name '*.py' -exec ls -t {} + | head -1)" -print -delete \
 	| awk 'END { if (NR) print "Left out: " NR " data files older than the code." }'
@@ -61,15 +81,19 @@ coverage: $(VENV)/.test ## sum up what make test and make matrix have covered; l
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d build/doctrees docs build/docs
 
-# With the same Django as .venv, and with what that release needs but does not ask for.
-build/bench/.stamp: $(VENV)/.test
+bench: $(VENV)/.test $(VENV)/.mariadb ## measure the worker beside other queues, in less than ten minutes (ARGS="drain --db sqlite")
+	$(PY) -m benchmarks $(ARGS)
+
+bench-all: $(VENV)/.test $(VENV)/.mariadb ## the same with more tasks and more rounds, for hours
+	$(PY) -m benchmarks --long $(ARGS)
+
+build/peers/.stamp: $(VENV)/.test
 	$(UV) venv --quiet --clear --python $(PY) $(@D)
-	$(UV) pip install --quiet --python $(@D) modelqueue==2.2.1 pytz "psycopg[binary]" \
-		"Django==$$($(PY) -c 'import django; print(django.__version__)')"
+	$(UV) pip install --quiet --python $(@D) pgqueuer asyncpg uvloop procrastinate "psycopg[binary,pool]"
 	@touch $@
 
-bench: build/bench/.stamp ## compare the rates with modelqueue 2.2.1 and with the bare statements
-	$(PY) -m benchmarks.compare build/bench/bin/python $(ARGS)
+peers: build/peers/.stamp ## measure how soon a worker begins a task, beside pgqueuer and procrastinate
+	$(PY) -m benchmarks.peers build/peers/bin/python $(ARGS)
 
 clean: ## remove what the targets have made
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache

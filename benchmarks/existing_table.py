@@ -179,8 +179,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--db", default="postgres", help="postgres or, with an installed one, postgres15")
     options = parser.parse_args()
-    servers.POSTGRESQL_OPTIONS = {}
-    with servers.start(options.db) as server:
+    with servers.start(options.db, durable=True) as server:
         for step, (seconds, longest) in measure(server, options.rows).items():
             print(f"{seconds:9.4f} s   longest update meanwhile {longest * 1000:8.1f} ms   {step}")
 

@@ -9,5 +9,4 @@ import modelqueue
 
 class Task(models.Model):
     queue = models.IntegerField(default=0)
-    begun = models.FloatField(null=True)
     status = modelqueue.StatusField()

@@ -1,0 +1,52 @@
+"""An environment of its own for each contender, with its packages from the package index."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from benchmarks.stores import Unavailable
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "build" / "contenders"
+
+
+@cache
+def python_with(name: str, requirements: tuple[str, ...]) -> str:
+    """Return a Python that has the packages, and is made if it is not there; without any it is this one.
+
+    Raises:
+        Unavailable: they can not be had.
+    """
+    if not requirements:
+        return sys.executable
+    folder = FOLDER / re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    stamp, wanted = folder / ".stamp", "\n".join([sys.version, *requirements])
+    if not (stamp.exists() and stamp.read_text() == wanted):
+        uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+        if uv is None:
+            raise Unavailable("there is no uv to get its packages with")
+        _run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder))
+        _run(uv, "pip", "install", "--quiet", "--python", str(python), *requirements)
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def versions(python: str, requirements: tuple[str, ...]) -> list[str]:
+    """Return which versions of the packages it has."""
+    names = [match.group() for one in requirements if (match := re.match(r"[\w.-]+", one))]
+    code = f"from importlib.metadata import version\nfor name in {names}: print(name, version(name))"
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it does not say why"]
+        raise Unavailable(f"{Path(command[0]).name} {command[1]} has failed: {last[0]}")

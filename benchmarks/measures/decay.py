@@ -1,0 +1,81 @@
+"""Whether the worker stays as fast as it is: under old transactions, and with many finished rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+from benchmarks.bench import Bench
+from benchmarks.crew import Crew, Load
+from benchmarks.figures import Table, number, ratio, spread
+from benchmarks.roster import OURS
+from benchmarks.stores import Postgres
+
+_SNAPSHOTS = ("none", "a new one every 2 s", "one all the time")
+
+#: Of all tasks, of the first tenth and of the last.
+_Rates = tuple[float, float, float]
+
+_RULE_OF_SNAPSHOTS = (
+    "Tasks per second of one process on PostgreSQL, among the first and among the last tenth of {tasks} "
+    "tasks, by when their outcomes were committed, while a transaction of REPEATABLE READ is open elsewhere."
+)
+_RULE_OF_HISTORY = (
+    "Tasks per second of one process on PostgreSQL, counted as in the first table; {tasks} tasks in a table "
+    "that has so many finished rows already."
+)
+
+
+def measure(bench: Bench) -> Iterator[Table]:
+    yield _under_snapshots(bench)
+    yield _with_history(bench)
+
+
+def _under_snapshots(bench: Bench) -> Table:
+    tasks = bench.options.decay_tasks
+    turns: dict[str, list[_Rates]] = {snapshot: [] for snapshot in _SNAPSHOTS}
+    for _ in range(bench.options.further_rounds):
+        for snapshot, found in turns.items():
+            turn = bench.attempt(
+                f"{tasks:,} tasks, snapshots: {snapshot}",
+                lambda snapshot=snapshot: _turn_under(bench.crew(OURS, Load(tasks)), snapshot),
+            )
+            if turn is not None:
+                found.append(turn)
+    rows = []
+    for snapshot, found in turns.items():
+        kept = [last / first for _all, first, last in found]
+        figures = [[rates[which] for rates in found] for which in range(3)]
+        rows.append((snapshot, *map(spread, [*figures, kept])))
+    header = "open snapshots", "tasks/s", "first tenth", "last tenth", "last to first"
+    return Table("Old transactions", _RULE_OF_SNAPSHOTS.format(tasks=f"{tasks:,}"), header, rows)
+
+
+def _turn_under(crew: Crew, snapshot: str) -> _Rates:
+    assert isinstance(crew.store, Postgres)
+    beside: dict[str, AbstractContextManager[None]] = {
+        "none": nullcontext(),
+        "a new one every 2 s": crew.store.snapshot(2.0),
+        "one all the time": crew.store.snapshot(),
+    }
+    turn = crew.drain(beside=beside[snapshot])
+    return turn.rate, turn.rate_of_tenth(0), turn.rate_of_tenth(9)
+
+
+def _with_history(bench: Bench) -> Table:
+    tasks, sizes = bench.options.tasks, [0, *bench.options.history]
+    rates: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(bench.options.further_rounds):
+        for size, found in rates.items():
+            rate = bench.attempt(
+                f"{tasks:,} tasks after {size:,} finished ones", lambda size=size: _rate_after(bench, size)
+            )
+            if rate is not None:
+                found.append(rate)
+    rows = [(number(size), spread(found), ratio(found, rates[0])) for size, found in rates.items()]
+    rule = _RULE_OF_HISTORY.format(tasks=f"{tasks:,}")
+    return Table("History", rule, ("finished rows", "tasks/s", "to none"), rows)
+
+
+def _rate_after(bench: Bench, size: int) -> float:
+    return bench.crew(OURS, Load(bench.options.tasks)).drain(history=size).rate

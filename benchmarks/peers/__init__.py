@@ -1,0 +1,1 @@
+"""How soon a worker begins a task, beside pgqueuer and procrastinate: `make peers`."""
