@@ -20,7 +20,7 @@ RETRY = 2
     "status",
     retry=RETRY,
     delay=backoff.exponential(dt.timedelta(seconds=0.5)),
-    # So long the documents of a killed process are left alone. Short, as a demo is; the default is 30 s.
+    # So long the documents of a killed worker are left alone. Short, as a demo is; the default is 30 s.
     lease=dt.timedelta(seconds=5),
     error_field="error",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -21,6 +22,8 @@ from show.worker import Line, Worker
 PATIENCE = 60
 #: Seconds after which a worker is started again, when there are documents that were not due.
 PAUSE = 1.0
+#: Seconds in which a supervisor has certainly taken back what a dead process ran.
+TIME_TO_TAKE_BACK = 2.0
 
 Say = Callable[[str], None]
 
@@ -34,9 +37,9 @@ class Drain:
         self.killed: int | None = None
         """The pid of the killed process."""
         self.taken_along: list[Document] = []
-        """What it ran. It may have claimed more, which it had no time to begin, nor to tell of."""
+        """What it ran."""
         self.recovered: dict[int, int] = {}
-        """By primary key: the pid of the process that has taken the document back."""
+        """By primary key: the pid of the supervisor that has taken the document back."""
         self.problems: list[str] = []
         self.seconds = 0.0
 
@@ -47,7 +50,7 @@ class Drain:
         #: By pid and primary key: what a process has begun and not yet reported on, with the attempts before.
         self._holds: defaultdict[int, dict[int, int]] = defaultdict(dict)
         self._suspect: int | None = None
-        self._is_suspect_dead = False
+        self._died_at = math.inf
         self._news: list[str] = []
         self._heard = time.monotonic()
 
@@ -60,7 +63,7 @@ class Drain:
                 if tally["waiting"] or tally["working"]:
                     progress.say("nothing more is due, so the worker has ended, but not all is done:")
                     progress.say(f"  {tally['waiting']} documents have failed and wait for the next attempt")
-                    progress.say(f"  {tally['working']} are held by the killed process, as long as its lease")
+                    progress.say(f"  {tally['working']} are held by a lease that has not run out yet")
                     progress.say("  so the worker is started again until all is done")
                 while not self.problems and (tally["waiting"] or tally["working"]):
                     time.sleep(PAUSE)
@@ -78,7 +81,7 @@ class Drain:
                 is_gone = worker.is_gone()  # before the last look, so that this misses nothing
                 while self._news:
                     progress.say(self._news.pop(0))
-                self._inspect(progress.say)
+                self._inspect(progress.say, TIME_TO_TAKE_BACK if not is_gone else 0.0)
                 tally = Status.tally(Document.objects.all(), "status")
                 progress.show(tally)
                 if time.monotonic() - self._heard > PATIENCE:
@@ -98,7 +101,7 @@ class Drain:
                 self._note(pid, line)
             elif line["level"] == "ERROR" and f"Process {self._suspect} " in line["message"]:
                 # By the supervisor: the process is gone, so nothing more is to come from it.
-                self._is_suspect_dead = True
+                self._died_at = time.monotonic()
                 self._news.append(line["message"])
 
     def _note(self, pid: int, line: Line) -> None:
@@ -109,7 +112,7 @@ class Drain:
             return
         if line["event"] == "task_recovered":
             self.recovered[pk] = pid
-            self._news.append(f"pid {pid} has recovered document {pk}: {line['state']}")
+            self._news.append(f"the supervisor has taken back document {pk}: {line['state']}")
         else:
             self._holds[pid].pop(pk, None)
         # What an attempt counts that lost its lease was counted by its recovery.
@@ -130,19 +133,17 @@ class Drain:
 
     # After the kill
 
-    def _inspect(self, say: Say) -> None:
-        """Once the killed process is gone: see what it has left."""
+    def _inspect(self, say: Say, seconds: float) -> None:
+        """Once the killed process is gone for so many seconds: see what was taken back of what it ran."""
         with self._lock:
             pid = self._suspect
-            if pid is None or not self._is_suspect_dead:
+            if pid is None or time.monotonic() < self._died_at + seconds:
                 return
             held = self._holds.pop(pid, {})
-            documents = Document.objects.in_bulk(held)
             # It was quicker than the signal with some of them, and only its report is missing.
-            ended = [pk for pk, attempts in held.items() if documents[pk].status.attempts > attempts]
-            self.attempts.update(ended)
-            left = [one for pk, one in documents.items() if pk not in ended]
-            self._suspect, self._is_suspect_dead = None, False
+            self.attempts.update(set(held) - set(self.recovered))
+            left = list(Document.objects.filter(pk__in=set(held) & set(self.recovered)))
+            self._suspect, self._died_at = None, math.inf
             if not left:
                 say(f"pid {pid} was killed just after it had done what it held; it will be another")
                 return
@@ -150,4 +151,4 @@ class Drain:
         say(f"pid {pid} was killed while it ran {len(left)} documents:")
         for document in left:
             say(f"  document {document.pk}, {short(document.path)}")
-            say(f"    its status is {int(document.status)}: {document.status}")
+            say(f"    now its status is {int(document.status)}: {document.status}")
