@@ -746,7 +746,7 @@ def test_codes_of_mysql_that_mean_a_full_disk(code, is_full):
 
 #: Makes a table that is full after some rows, for this session. (One of PostgreSQL is full with its disk.)
 FULL_SOON = {
-    "sqlite": ["PRAGMA max_page_count = 1", "CREATE TABLE full_soon (text TEXT)"],
+    "sqlite": ["CREATE TEMPORARY TABLE full_soon (text TEXT)", "PRAGMA temp.max_page_count = 10"],
     "mysql": [
         "SET max_heap_table_size = 16384",
         "CREATE TEMPORARY TABLE full_soon (text VARCHAR(5000)) ENGINE = MEMORY",

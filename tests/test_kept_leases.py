@@ -333,6 +333,36 @@ def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(decla
     assert stored(task).state == State.finished
 
 
+def test_end_of_an_atomic_action_waits_for_no_renewal_that_waits_for_it(declare, monkeypatch):
+    """On SQLite the action has locked all there is, also the row of its neighbour."""
+    renew, is_renewing, errors = verbs.renew, threading.Event(), []
+
+    def renew_and_tell(*arguments):
+        is_renewing.set()
+        try:
+            return renew(*arguments)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    def act(task):
+        Paper.objects.create()
+        is_renewing.clear()
+        assert is_renewing.wait(10)
+
+    monkeypatch.setattr(verbs, "renew", renew_and_tell)
+    made = declare(Task, "status", name="tasks", lease=3 * SECOND, atomic=True)(act)
+    source, task = made.source(), Task.objects.bulk_create([Task(), Task()])[1]
+    (claim,) = verbs.claim(source, 1)
+    neighbour = leases.keeper_for("default").hold(made.attempt(claim, source), 3.0)
+    try:
+        made.run()
+    finally:
+        neighbour.end()
+    assert stored(task).state == State.finished
+    assert errors == []
+
+
 @pytest.fixture
 def bystander():
     """Another session, in autocommit."""

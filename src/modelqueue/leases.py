@@ -86,7 +86,7 @@ class _Group:
 
             renewal = verbs.renew(self.source, leases, note)
             for key in renewal.lost:
-                lease = self.held.pop(key)
+                lease = self.held.pop(key, held[key])
                 if not lease.attempt.has_saved_its_outcome:
                     lease.lose()
             self._locked, self._again = renewal.locked, began + _SOON if renewal.locked else math.inf
@@ -132,14 +132,23 @@ class Lease:
         self._keeper = keeper
         self._group = group
         self._on_loss = on_loss
+        #: Is it perhaps renewed just now, or will be?
+        self._is_kept = True
 
     def end(self, seconds: float = -1) -> None:
-        """Renew it no more; waits for a renewal that is under way, by default however long that takes."""
+        """Renew it no more; waits for a renewal that is under way, by default however long that takes.
+
+        Not a second time: a transaction that has locked all of SQLite since then would wait for a renewal of
+        others, which waits for it.
+        """
+        if not self._is_kept:
+            return
         key, group = self.attempt.claim.row.key, self._group
         is_ours = group.lock.acquire(timeout=seconds)
         if group.held.get(key) is self:  # and not a later attempt on the same row
             del group.held[key]
         if is_ours:
+            self._is_kept = False
             group.lock.release()
         if not group.held:
             self._keeper.rest()
@@ -150,6 +159,7 @@ class Lease:
         if self._group.held.get(key) is self:
             return  # it was not ended
         with self._group.lock:
+            self._is_kept = True
             self._group.held.setdefault(key, self)
             self._group.due = 0.0
         self._keeper.look_at(self._group)
@@ -158,6 +168,7 @@ class Lease:
         """Renew it only once its row is free: our transaction has locked it, and may end unnoticed."""
         key = self.attempt.claim.row.key
         with self._group.lock:
+            self._is_kept = True
             self._group.held.setdefault(key, self)
             self._group.watch(key)
         self._keeper.look_at(self._group)
@@ -167,7 +178,8 @@ class Lease:
 
         By the keeper, not by this thread: in a transaction of the action it would be rolled back with it.
         """
-        self._keeper.renew_now(self._group)
+        if self._is_kept:
+            self._keeper.renew_now(self._group)
         return self.attempt.is_held
 
     def lose(self) -> None:
