@@ -28,8 +28,9 @@ def databases():
 
 def make_errands(count):
     waiting = Status.waiting()
+    # Longer than the slowest machine takes to make that many connections: each keeps its own so long.
     Errand.objects.bulk_create(
-        [Errand(title="read 3", status=Status.created(1), review_status=waiting) for _ in range(count)]
+        [Errand(title="read 60", status=Status.created(1), review_status=waiting) for _ in range(count)]
     )
 
 
@@ -41,7 +42,7 @@ def test_worker_says_what_to_set_when_the_server_gives_no_more_connections(datab
     with Processes(databases) as processes, Workers() as workers:
         processes.start(make_tables, "Errand", "Ledger").result()
         processes.start(make_errands, 2 * CONNECTIONS).result()
-        worker = workers.start("testapp.review", databases=databases)
+        worker = workers.start("testapp.review", "--grace", 0, databases=databases)
         wait_until(lambda: f"connections of the {CONNECTIONS} that it allows" in worker.output)
         assert worker.stop()[0] == 0
         assert "testapp.review: the database server has " in worker.output

@@ -93,6 +93,7 @@ class Claimer:
             try:
                 source = lane.source()
                 keeper_for(source.using).reserve()
+                self._completer.reserve(source.using)
                 began = time.monotonic()
                 engine = self._engine_for(source.using)
                 claims = take(lane, source, turn.limit, engine)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -77,6 +78,8 @@ class Completer:
         self._is_ending = False
         self._is_stopped = threading.Event()
         self._advise_from = 0.0
+        #: The aliases of databases with a connection for outcomes.
+        self._reserved = set[str]()
 
     def start(self) -> None:
         self._thread.start()
@@ -84,6 +87,12 @@ class Completer:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def reserve(self, using: str) -> None:
+        """Have a connection from now on: once the actions run, the server may have none left to give."""
+        if using not in self._reserved:
+            self._reserved.add(using)
+            self._ended.put(partial(_connect, using))
 
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
@@ -265,3 +274,10 @@ class Completer:
                 running.lane.queue.name,
                 *found,
             )
+
+
+def _connect(using: str) -> None:
+    try:
+        connections[using].ensure_connection()
+    except Exception as error:  # who has an outcome to write tells
+        logger.debug("The database %r gives no connection to write outcomes: %s", using, error)
