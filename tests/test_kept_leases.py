@@ -333,6 +333,20 @@ def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(decla
     assert stored(task).state == State.finished
 
 
+def test_leases_that_end_together_are_renewed_no_more_and_no_others(declare):
+    made = declare(Task, "status", name="tasks")(lambda task: None)
+    Task.objects.bulk_create([Task(), Task(), Task()])
+    source, keeper = made.source(), Keeper("default")
+    attempts = [made.attempt(claim, source) for claim in verbs.claim(source, 3)]
+    kept = keeper.hold_all(source, [(attempt, None, lambda *_: None) for attempt in attempts], 3600.0)
+    kept[0].end()
+    leases.Lease.end_all(kept[:2])
+    assert list(kept[0]._group.held.values()) == kept[2:]
+    assert kept[2].renew()
+    leases.Lease.end_all(kept)
+    assert kept[0]._group.held == {}
+
+
 def test_end_of_an_atomic_action_waits_for_no_renewal_that_waits_for_it(declare, monkeypatch):
     """On SQLite the action has locked all there is, also the row of its neighbour."""
     renew, is_renewing, errors = verbs.renew, threading.Event(), []

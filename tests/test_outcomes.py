@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelqueue import ONE_HOUR, ZERO_SECS, Abort, Cancel, Retry, State, Status, backoff
-from modelqueue.outcomes import ERROR_LIMIT, Policy, assigned, decide, error_text, failed, recovered
+from modelqueue.outcomes import (
+    ERROR_LIMIT,
+    Policy,
+    Successes,
+    assigned,
+    decide,
+    error_text,
+    failed,
+    recovered,
+)
 
 NOW = dt.datetime(2026, 11, 25, 12, 0, 0, 500_000, dt.timezone.utc)
 SECOND = dt.timedelta(seconds=1)
@@ -238,6 +247,13 @@ def test_no_outcome_is_stamped_earlier_than_its_lease(drift, error):
     held = lease(0, NOW + drift)
     status = decide(held, waited(), error, Policy(), NOW).status
     assert status.priority == max(held.priority, Status.waiting(NOW).priority)
+
+
+@given(st.integers(0, 9), st.timedeltas(-SECOND, SECOND))
+def test_success_among_others_is_as_one_by_itself(attempts, drift):
+    held, successes = lease(attempts, NOW + drift), Successes(NOW)
+    alone = decide(held, waited(attempts), None, Policy(), NOW)
+    assert [successes.of(held), successes.of(held)] == [alone, alone]
 
 
 @given(st.timedeltas(-SECOND, SECOND))

@@ -34,7 +34,7 @@ from modelqueue.claim_values import Values, show
 from modelqueue.clock import now
 from modelqueue.engines import Change, Claim, Engine, Place, end_queries_of, engine_for
 from modelqueue.fields import is_saved, set_loaded
-from modelqueue.outcomes import GIVEN_BACK, Outcome, Policy, assigned, decide, failed
+from modelqueue.outcomes import GIVEN_BACK, Outcome, Policy, Successes, assigned, decide, failed
 from modelqueue.source import Source
 from modelqueue.status import ZERO_SECS, State, Status, priority_to_datetime
 from modelqueue.threads import (
@@ -132,8 +132,9 @@ class Attempt(Generic[M]):
     @property
     def held(self) -> set[Status | None]:
         """What stands in the row as long as the task is ours, a status that the action saved included."""
-        saved = set() if self.snapshot is None else self.snapshot.held
-        return saved | self.leases
+        if self.snapshot is None or not self.snapshot.has_saved:
+            return {self.claim.lease, *self.leases}
+        return self.snapshot.held | self.leases
 
     @property
     def has_saved_its_outcome(self) -> bool:
@@ -189,34 +190,17 @@ class Attempt(Generic[M]):
         finally:
             running.reset(token)
 
-    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
-        """Take the steps after the action up to the write; return that if it is of the status alone.
+    def may_be_of_status_alone(self, error: BaseException | None, engine: Engine) -> bool:
+        """Say whether perhaps nothing but a status is to be written, and no hook has to be asked for that.
 
-        Then it can be written together with those of others, and `conclude` comes next. Else, or if that does
-        not succeed, `settle` comes next: it goes on with what is decided here.
+        Then `prepare` comes next, else `settle`: the lease is still renewed, as it may have to wait for many
+        that take long.
 
         Args:
             engine: that of this thread; it does not wait for long.
         """
         self.engine = engine
         self.forget_earlier_tries()
-        if not self.may_be_of_status_alone(error):
-            return None  # still renewed, as it may have to wait for many that take long
-        self.end_renewal()
-        self.decided = outcome = self.decided or self.decide(error)
-        status, column, held = outcome.status, self.source.error_field, self.held
-        if (
-            status is None
-            or None in held
-            or status.priority < self.lease.priority
-            or (column is not None and outcome.note is not None)
-            or self.to_put_back(outcome, self.snapshot)
-        ):
-            return None
-        return outcome, Change(self.claim.row.key, frozenset(one for one in held if one is not None), status)
-
-    def may_be_of_status_alone(self, error: BaseException | None) -> bool:
-        """Say whether perhaps nothing but a status is to be written, and no hook has to be asked for that."""
         asks_or_tells = self.source.error_field is not None or self.policy.next_priority is not None
         return (
             not (error is not None and asks_or_tells)
@@ -225,11 +209,36 @@ class Attempt(Generic[M]):
             and not (self.snapshot is not None and self.snapshot.changed())
         )
 
-    def conclude_prepared(self, outcome: Outcome, change: Change) -> None:
+    def prepare(self, error: BaseException | None, successes: Successes) -> tuple[Outcome, Change] | None:
+        """Take the steps after the action up to the write; return that if it is of the status alone.
+
+        Then it can be written together with those of others, and `conclude_prepared` comes next. Else, or if
+        that does not succeed, `settle` comes next: it goes on with what is decided here.
+
+        Args:
+            successes: what those end with that have returned.
+        """
+        self.end_renewal()
+        if is_new := self.decided is None:
+            self.decided = self.decide(error, successes)
+        outcome, held = self.decided, self.held
+        status = outcome.status
+        if status is None or None in held or self.to_put_back(outcome, self.snapshot):
+            return None
+        is_success = is_new and outcome.ending == "finish"  # which is never stamped below its lease
+        if not is_success and status.priority < self.lease.priority:
+            return None
+        column = self.source.error_field
+        if column is not None and self.new_note(column, outcome) is not None:
+            return None
+        return outcome, Change(self.claim.row.key, frozenset(held), status)  # type: ignore[arg-type]  # no None
+
+    def conclude_prepared(self, outcome: Outcome) -> None:
         """Take the steps after the write of what `prepare` has returned."""
         if self.task is not None:
-            set_loaded(self.task, self.source.field, change.new)
-        self.conclude(outcome, is_written=True)
+            set_loaded(self.task, self.source.field, outcome.status)
+        ended = {"outcome": outcome.ending, "error": outcome.error}
+        self.tell(signals.task_finished, status=outcome.status, **ended)
 
     def settle(self, error: BaseException | None) -> Outcome:
         """Take the steps after the action, in whatever thread this is; return the outcome.
@@ -304,7 +313,7 @@ class Attempt(Generic[M]):
 
     # Decide
 
-    def decide(self, error: BaseException | None) -> Outcome:
+    def decide(self, error: BaseException | None, successes: Successes | None = None) -> Outcome:
         if isinstance(error, GIVEN_BACK) and self.has_saved_its_outcome:
             error = None  # it stands, though the action wanted to go on
         if error is None and self.snapshot is not None:
@@ -313,6 +322,8 @@ class Attempt(Generic[M]):
                     return assigned(self.snapshot.assigned, self.source.field.null)
             except (TypeError, ValueError) as wrong_status:
                 error = wrong_status
+        if error is None and successes is not None:
+            return successes.of(self.lease)
         return self.placed(decide(self.lease, self.claim.row.status, error, self.policy, now()))
 
     def placed(self, outcome: Outcome) -> Outcome:
@@ -450,13 +461,17 @@ class Attempt(Generic[M]):
 
     def write_status(self, outcome: Outcome, before: Values) -> bool:
         column = self.source.error_field
-        note = None if column is None else outcome.note
-        if column is not None and self.snapshot is not None and note == self.snapshot.known(column):
-            note = None
+        note = None if column is None else self.new_note(column, outcome)
         held = self.held
         if self.task is not None:
             set_loaded(self.task, self.source.field, outcome.status)
         return self.engine.compare_and_set(self.source, self.claim.row, held, outcome.status, note, before)
+
+    def new_note(self, column: models.Field[Any, Any], outcome: Outcome) -> str | None:
+        """Return the text for the error field; None: it stays as it is."""
+        note = outcome.note
+        is_known = self.snapshot is not None and note == self.snapshot.known(column)
+        return None if is_known else note
 
     def write_task(
         self,
@@ -557,6 +572,8 @@ class Attempt(Generic[M]):
             self.engine.give_way()
 
     def tell(self, signal: Signal, **arguments: Any) -> None:
+        if not signals.is_heard(signal, arguments.get("outcome")):
+            return
         signals.send(
             signal,
             self.source.model,
@@ -670,11 +687,11 @@ class AsyncAttempt(Attempt[M]):
         self.engine = engine_for(self.source.using)
         return self.restore_connection(error)
 
-    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
+    def may_be_of_status_alone(self, error: BaseException | None, engine: Engine) -> bool:
         if not self.is_started:
-            return None
+            return False
         self.close()
-        return super().prepare(error, engine)
+        return super().may_be_of_status_alone(error, engine)
 
     def settle(self, error: BaseException | None, is_called: bool = True) -> Outcome:
         """Take the steps after the action, or give the task back if that was not called."""
@@ -722,8 +739,8 @@ class AtomicAttempt(Attempt[M]):
             return super().process(action)
         return self.act_and_record(action, self.task)
 
-    def prepare(self, error: BaseException | None, engine: Engine) -> tuple[Outcome, Change] | None:
-        return None  # what was committed, or not, is to be found out first
+    def may_be_of_status_alone(self, error: BaseException | None, engine: Engine) -> bool:
+        return False  # what was committed, or not, is to be found out first
 
     def act_and_record(self, action: Callable[[M], object], task: M) -> Outcome:
         try:

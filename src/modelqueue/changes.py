@@ -16,6 +16,7 @@ from uuid import UUID
 from django.db import models, router
 from django.db.models.fields.files import FieldFile
 from django.db.models.signals import post_save, pre_save
+from django.dispatch import Signal
 
 from modelqueue.fields import WATCHER, Saved, StatusField, is_assigned, is_saved, unsave
 from modelqueue.source import Source
@@ -37,6 +38,19 @@ class Snapshot:
     transaction in which it did so is rolled back.
     """
 
+    __slots__ = (
+        "_instance",
+        "_layers",
+        "_lease",
+        "_pk",
+        "_related",
+        "_standing",
+        "_status",
+        "_status_read",
+        "_undone",
+        "_using",
+    )
+
     def __init__(self, instance: models.Model, source: Source[Any], lease: Status) -> None:
         self._instance = instance
         self._using = source.using
@@ -44,12 +58,10 @@ class Snapshot:
         self._lease = lease
         self._status_read: Status | None = lease
         # What the row holds as far as we know: what was read, and on top of it what was saved.
-        self._layers: list[tuple[Saved | None, dict[str, Any]]] = [
-            (None, self._copy_of(_loaded_fields(instance)))
-        ]
-        self._related = dict(instance._state.fields_cache)
+        self._layers: list[tuple[Saved | None, dict[str, Any]]] = [(None, _copy_of_all(instance))]
+        self._related = dict(_related_of(instance))
         self._pk = instance.pk
-        self._standing: list[Saved] = []
+        self._standing: Collection[Saved] = ()
         self._undone: dict[str, Any] | None = None
         instance.__dict__[WATCHER] = self
 
@@ -163,6 +175,11 @@ class Snapshot:
         return value if value != self._status_read else self.written  # a plain column notes no assignment
 
     @property
+    def has_saved(self) -> bool:
+        """Whether the action has saved or read anything of its task."""
+        return len(self._layers) > 1
+
+    @property
     def held(self) -> set[Status | None]:
         """What may stand in the row while the task is ours. Both, as a rollback can escape Django."""
         return {self._lease, self.written}
@@ -184,8 +201,10 @@ class Snapshot:
         keys = getattr(instance._meta, "pk_fields", [instance._meta.pk])  # several from Django 5.2
         changed = _fetch_keys_of_related(instance)
         for field in _loaded_fields(instance):
-            value = instance.__dict__[field.attname]
-            if field is self._status or not _differs(known.get(field.attname, _UNREAD), value):
+            before, value = known.get(field.attname, _UNREAD), instance.__dict__[field.attname]
+            if value is before and type(value) in _IMMUTABLE:  # as nearly all are, and this is quick
+                continue
+            if field is self._status or not _differs(before, value):
                 continue
             if field in keys:
                 raise ValueError(self._text_of_changed_key(instance))
@@ -228,9 +247,14 @@ def is_saved_by_plain_update(model: type[models.Model]) -> bool:
     That is, the model has no `save` of its own, no field that computes a value whenever it is
     saved (``auto_now``), and nobody listens to `pre_save` or `post_save`.
     """
-    if model.save is not models.Model.save or pre_save.has_listeners(model) or post_save.has_listeners(model):
+    is_heard = _has_listeners(pre_save, model) or _has_listeners(post_save, model)
+    if is_heard or model.save is not models.Model.save:
         return False
     return not _has_field_that_computes_on_save(model)
+
+
+def _has_listeners(signal: Signal, model: type[models.Model]) -> bool:
+    return bool(signal.receivers) and signal.has_listeners(model)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -263,7 +287,7 @@ def _fetch_keys_of_related(instance: models.Model) -> Fields:
         The fields whose object is not saved even now: no key has changed, but save() has to say so.
     """
     unsaved: Fields = []
-    if not instance._state.fields_cache:
+    if not _related_of(instance):
         return unsaved
     for field in instance._meta.concrete_fields:
         if isinstance(field, models.ForeignKey) and field.is_cached(instance):
@@ -273,6 +297,26 @@ def _fetch_keys_of_related(instance: models.Model) -> Fields:
                 if related.pk is None:
                     unsaved.append(field)
     return unsaved
+
+
+def _copy_of_all(instance: models.Model) -> dict[str, Any]:
+    values = instance.__dict__
+    return {
+        name: value if type(value := values[name]) in _IMMUTABLE else _copied(value)
+        for name in _names_of_stored_fields(type(instance))
+        if name in values
+    }
+
+
+@functools.lru_cache(maxsize=1000)
+def _names_of_stored_fields(model: type[models.Model]) -> list[str]:
+    return [field.attname for field in _stored_fields(model)]
+
+
+def _related_of(instance: models.Model) -> dict[str, Any]:
+    """Return the related objects that it has loaded; Django makes a dict for them when it is asked."""
+    related: dict[str, Any] = instance._state.__dict__.get("fields_cache", {})
+    return related
 
 
 def _copied(value: Any) -> Any:

@@ -309,7 +309,10 @@ def _record(instance: models.Model) -> dict[str, str | Saved]:
 
 def _note(instance: models.Model, attname: str, entry: str | Saved | None) -> None:
     """Set (or, with None, remove) an entry; on a copy, as copy.copy(instance) shares the dict."""
-    record = {name: value for name, value in _record(instance).items() if name != attname}
+    known = _record(instance)
+    if entry is None and attname not in known:
+        return
+    record = {name: value for name, value in known.items() if name != attname}
     if entry is not None:
         record[attname] = entry
     instance.__dict__[_RECORD] = record

@@ -12,7 +12,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +26,7 @@ from modelqueue.engines import engine_for
 from modelqueue.source import Source
 from modelqueue.status import Status
 
-__all__ = ["Keeper", "Lease", "keeper_for"]
+__all__ = ["Keeper", "Lease", "OnLoss", "OnRenewal", "keeper_for"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -39,6 +40,11 @@ _PATIENCE = 5.0
 _LINGER = 5.0
 #: Seconds between two looks at a connection that is reserved.
 _LONGEST_REST = 60.0
+
+
+#: Called when a lease is lost, and with what stands in a row and what is about to.
+OnLoss = Callable[[], None]
+OnRenewal = Callable[[Status, Status], None]
 
 
 class _Group:
@@ -97,6 +103,11 @@ class _Group:
                 logger.warning("Leases of %s are renewed again.", self)
             self.is_failing = False
 
+    def let_go(self, lease: Lease) -> None:
+        key = lease.attempt.claim.row.key
+        if self.held.get(key) is lease:  # and not a later attempt on the same row
+            del self.held[key]
+
     def watch(self, key: Any) -> None:
         """Try to renew one soon, and again and again as long as its row is locked."""
         self._locked.add(key)
@@ -119,13 +130,15 @@ class _Group:
 class Lease:
     """That of one attempt, from the claim until its outcome is about to be written."""
 
+    __slots__ = ("_group", "_is_kept", "_keeper", "_on_loss", "attempt", "on_renewal")
+
     def __init__(
         self,
         attempt: Attempt[Any],
         keeper: Keeper,
         group: _Group,
-        on_loss: Callable[[], None] | None,
-        on_renewal: Callable[[Status, Status], None],
+        on_loss: OnLoss | None,
+        on_renewal: OnRenewal,
     ) -> None:
         self.attempt = attempt
         self.on_renewal = on_renewal
@@ -143,15 +156,29 @@ class Lease:
         """
         if not self._is_kept:
             return
-        key, group = self.attempt.claim.row.key, self._group
+        group = self._group
         is_ours = group.lock.acquire(timeout=seconds)
-        if group.held.get(key) is self:  # and not a later attempt on the same row
-            del group.held[key]
+        group.let_go(self)
         if is_ours:
             self._is_kept = False
             group.lock.release()
         if not group.held:
             self._keeper.rest()
+
+    @staticmethod
+    def end_all(leases: Iterable[Lease]) -> None:
+        """Renew these no more; waits for a renewal of each that is under way, see `end`."""
+        by_group = defaultdict[_Group, list[Lease]](list)
+        for lease in leases:
+            if lease._is_kept:
+                by_group[lease._group].append(lease)
+        for group, some in by_group.items():
+            with group.lock:
+                for lease in some:
+                    group.let_go(lease)
+                    lease._is_kept = False
+            if not group.held:
+                some[0]._keeper.rest()
 
     def resume(self) -> None:
         """Renew it again, at once: its outcome could not be written yet, and it may be old by now."""
@@ -220,8 +247,8 @@ class Keeper:
         self,
         attempt: Attempt[Any],
         seconds: float,
-        on_loss: Callable[[], None] | None = None,
-        on_renewal: Callable[[Status, Status], None] = lambda stored, renewed: None,
+        on_loss: OnLoss | None = None,
+        on_renewal: OnRenewal = lambda stored, renewed: None,
     ) -> Lease:
         """Keep the lease of an attempt alive until `Lease.end`.
 
@@ -231,22 +258,35 @@ class Keeper:
             on_renewal: called, in the keeper's thread, with what stands in the row and what is about to,
                 before that is written.
         """
-        source = attempt.source
+        (lease,) = self.hold_all(attempt.source, [(attempt, on_loss, on_renewal)], seconds)
+        return lease
+
+    def hold_all(
+        self,
+        source: Source[Any],
+        attempts: Iterable[tuple[Attempt[Any], OnLoss | None, OnRenewal]],
+        seconds: float,
+    ) -> list[Lease]:
+        """Do so for attempts of one source."""
         key = (source.owner, source.field, source.using, seconds)
         with self._changed:
             group = self._groups.get(key)
             if group is None:
                 group = self._groups[key] = _Group(source, seconds)
-        lease = Lease(attempt, self, group, on_loss, on_renewal)
+        leases = [Lease(attempt, self, group, lost, renewed) for attempt, lost, renewed in attempts]
+        former = []
         with group.lock:
             if not group.held:
                 group.due = time.monotonic() + seconds / _SHARE
-            former = group.held.get(attempt.claim.row.key)
-            group.held[attempt.claim.row.key] = lease
-        if former is not None:  # canceled, or recovered, and claimed again: it could not be held any more
-            former.lose()
+            for lease in leases:
+                row = lease.attempt.claim.row.key
+                if row in group.held:
+                    former.append(group.held[row])
+                group.held[row] = lease
+        for one in former:  # canceled, or recovered, and claimed again: it could not be held any more
+            one.lose()
         self.look_at(group)
-        return lease
+        return leases
 
     def reserve(self) -> None:
         """Have a connection from now on: once the actions run, the server may have none left to give."""

@@ -25,13 +25,16 @@ from modelqueue.status import State, Status, priority_to_datetime
 
 logger = logging.getLogger("modelqueue")
 
+#: What is told at DEBUG alone: claims, which have no outcome yet, and what nobody has to look at.
+_QUIET = (None, "finish", "assign", "retry", "release")
+
 
 def log_claimed(sender: type[Model], **facts: Any) -> None:
     _log(logging.DEBUG, "task_claimed", "claimed", sender, facts)
 
 
 def log_finished(sender: type[Model], **facts: Any) -> None:
-    if facts["outcome"] in ("finish", "assign", "retry", "release"):
+    if facts["outcome"] in _QUIET:
         level, text = logging.DEBUG, f"outcome {facts['outcome']}"
     else:
         level = logging.ERROR if _is_canceled(facts) else logging.WARNING
@@ -54,10 +57,14 @@ def log_lease_lost(sender: type[Model], **facts: Any) -> None:
     _log(logging.WARNING, "lease_lost", text, sender, facts)
 
 
-observe(task_claimed, log_claimed)
-observe(task_finished, log_finished)
-observe(task_recovered, log_recovered)
-observe(lease_lost, log_lease_lost)
+def _is_told(outcome: str | None) -> bool:
+    return outcome not in _QUIET or logger.isEnabledFor(logging.DEBUG)
+
+
+observe(task_claimed, log_claimed, _is_told)
+observe(task_finished, log_finished, _is_told)
+observe(task_recovered, log_recovered, lambda outcome: True)
+observe(lease_lost, log_lease_lost, lambda outcome: True)
 
 
 def _traced(error: BaseException) -> BaseException | None:

@@ -27,6 +27,7 @@ __all__ = [
     "NextPriority",
     "Outcome",
     "Policy",
+    "Successes",
     "assigned",
     "decide",
     "error_text",
@@ -178,6 +179,23 @@ class Outcome:
         if self.error is None:
             return ""
         return error_text(self.error) if self.ending in ("fail", "abort", "cancel") else None
+
+
+class Successes:
+    """The outcomes of actions that have returned, all at one moment: those that are alike are one object."""
+
+    def __init__(self, moment: dt.datetime) -> None:
+        self._moment = moment
+        self._priority = datetime_to_int(moment)
+        self._by_attempts: dict[int, Outcome] = {}
+
+    def of(self, lease: Status) -> Outcome:
+        if lease.priority > self._priority:
+            return Outcome("finish", _ended(State.finished, lease, self._moment))
+        attempts = lease.attempts
+        if attempts not in self._by_attempts:
+            self._by_attempts[attempts] = Outcome("finish", _ended(State.finished, lease, self._moment))
+        return self._by_attempts[attempts]
 
 
 def decide(

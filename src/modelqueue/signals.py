@@ -50,10 +50,17 @@ lease_lost = Signal(use_caching=True)
 #: Called with the same arguments, before the receivers: the log. It is no receiver, since to look for those,
 #: where there are any, takes as long as all else of a short task.
 _observers: dict[Signal, Callable[..., None]] = {}
+#: Says whether the observer has anything to do with an outcome, if there is one.
+_wants: dict[Signal, Callable[[str | None], bool]] = {}
 
 
-def observe(signal: Signal, observer: Callable[..., None]) -> None:
-    _observers[signal] = observer
+def observe(signal: Signal, observer: Callable[..., None], wants: Callable[[str | None], bool]) -> None:
+    _observers[signal], _wants[signal] = observer, wants
+
+
+def is_heard(signal: Signal, outcome: str | None = None) -> bool:
+    """Say whether to send it makes any difference: to put it together for nobody takes its time, too."""
+    return bool(signal.receivers) or (signal in _wants and _wants[signal](outcome))
 
 
 def send(

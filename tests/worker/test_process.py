@@ -1122,7 +1122,7 @@ def test_task_that_can_be_neither_begun_nor_given_back_is_left_to_the_supervisor
         raise OperationalError("away")
 
     tries = []
-    monkeypatch.setattr(leases.Keeper, "hold", no_thread)
+    monkeypatch.setattr(leases.Keeper, "hold_all", no_thread)
     monkeypatch.setattr(Attempt, "settle", settle)
     errand = make(status=Status.waiting(5))
     process = start("testapp.do_errand")
@@ -1891,6 +1891,43 @@ def test_no_more_outcomes_are_written_together_than_one_statement_takes(monkeypa
     assert done == [3, 3, 1]
 
 
+def test_outcome_waits_for_others_while_more_tasks_wait_for_a_thread(monkeypatch):
+    def rest(seconds):
+        slept.append(seconds)
+        for number in (2, 3):
+            one.put(number, None)
+        waiting.clear()
+
+    done, slept, waiting = [], [], [1, 2, 3]
+    one = completer.Completer(None, lambda: len(waiting))
+    monkeypatch.setattr(one, "_settle_together", lambda ended: done.append([each.running for each in ended]))
+    monkeypatch.setattr(completer, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rest))
+    one.put(1, None)
+    one.start()
+    one.stop(10.0)
+    assert done == [[1, 2, 3]]
+    assert slept == [completer._LINGER]
+
+
+def test_outcomes_of_a_queue_with_an_error_field_are_written_together_where_it_stays_as_it_is(
+    start, ahead, declare, monkeypatch
+):
+    sizes, write = [], Engine.set_statuses
+
+    def see(self, source, changes):
+        sizes.append(len(changes))
+        return write(self, source, changes)
+
+    monkeypatch.setattr(Engine, "set_statuses", see)
+    declare(Job, "status", name="jobs", error_field="error")(succeed)
+    Job.objects.bulk_create([Job() for _ in range(50)])
+    Job.objects.bulk_create([Job(error="of the last attempt") for _ in range(10)])
+    process = start("jobs", threads=2)
+    wait_until(lambda: process.pipe.send(("due", ["jobs"])) or process.ended() == {"finish": 60})
+    assert set(Job.objects.values_list("error", flat=True)) == {""}
+    assert 0 < sum(sizes) <= 50
+
+
 @pytest.mark.parametrize("error", [OperationalError("no"), RuntimeError("a fault of ours")], ids=repr)
 def test_outcomes_that_can_not_be_written_together_are_written_one_by_one(
     error, start, ahead, declare, monkeypatch
@@ -2000,7 +2037,7 @@ def test_leases_are_renewed_while_outcomes_wait_for_others(is_prepared, others, 
     all_ended, held = make_ended(), []
     for attempt in [each.running.attempt for each in all_ended]:
         attempt.renewal = leases.keeper_for("default").hold(attempt, 30.0)
-        attempt.may_be_of_status_alone = lambda error: is_prepared
+        attempt.may_be_of_status_alone = lambda error, engine: is_prepared
     monkeypatch.setattr(Attempt, "settle", settle)
     monkeypatch.setattr(Engine, "set_statuses", lambda *arguments: set())
     one._settle_together(all_ended)

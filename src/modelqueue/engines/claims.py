@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
         return self._replace(before=dict(zip(names, values, strict=True)))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Claim(Generic[M]):
     """A task that is ours until its lease expires."""
 

@@ -325,7 +325,7 @@ class PostgreSQLEngine(Engine):
 
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection
-        if connection.info.transaction_status == _IDLE:
+        if not self._is_still_open():
             return False
         connection.rollback()
         return True

@@ -221,7 +221,7 @@ class Session:
             connection.close()
             connection.connect()
             return True
-        if not connection.get_autocommit():
+        if not connection.autocommit:
             connection.rollback()
             connection.set_autocommit(True)
             return True

@@ -79,7 +79,8 @@ class Board:
 
     def begin(self, place: int) -> None:
         """Note that an action begins, before it does."""
-        self._set(place, _NUMBER, -abs(self._get(place, _NUMBER)))
+        number = 1 + place * _WIDTH + _NUMBER
+        self._cells[number] = -abs(self._cells[number])
 
     def renew(self, place: int, stored: Status, renewed: Status) -> None:
         """Note what stands in a row and what is about to: both are its lease until its answer is known."""

@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from django.db import connections
 
 from modelqueue import verbs
-from modelqueue.attempts import AsyncAttempt, AtomicAttempt
+from modelqueue.attempts import AsyncAttempt
 from modelqueue.engines import Claim, Engine, engine_for
 from modelqueue.exceptions import Interrupted
-from modelqueue.leases import keeper_for
+from modelqueue.leases import OnLoss, OnRenewal, keeper_for
 from modelqueue.source import Source
 from modelqueue.worker.completer import Completer
 from modelqueue.worker.database_clock import DatabaseClock
@@ -103,8 +103,8 @@ class Claimer:
             self._troubles.ended(lane.queue)
             self._slots.claimed(turn, len(claims), time.monotonic() - began)
             added = self._register.add(lane, [lane.queue.attempt(claim, source, engine) for claim in claims])
-        for running in added:
-            self._or_give_back(running, self._begin)
+        if added:
+            self._or_give_back(added, partial(self._begin, lane))
 
     def _engine_for(self, using: str) -> Engine:
         if using not in self._engines:
@@ -112,38 +112,52 @@ class Claimer:
         self._engines[using].forget()
         return self._engines[using]
 
-    def _or_give_back(self, running: Running, begin: Callable[[Running], None]) -> None:
+    def _or_give_back(self, some: list[Running], begin: Callable[[list[Running]], None]) -> None:
         try:
-            begin(running)
+            begin(some)
         except Exception as error:  # the system gives no more threads, for example
-            logger.exception("%s can not be begun, and is given back.", running)
-            self._completer.put(running, Interrupted(str(error)))
-            running.lane.not_before = time.monotonic() + 1.0
+            for running in some:
+                logger.exception("%s can not be begun, and is given back.", running)
+                self._completer.put(running, Interrupted(str(error)))
+                running.lane.not_before = time.monotonic() + 1.0
 
-    def _begin(self, running: Running) -> None:
-        attempt, lane = running.attempt, running.lane
-        attempt.waits = isinstance(attempt, AtomicAttempt)  # in its thread, where nobody waits for it
-        lost = (lambda: self._loop.cancel(running)) if lane.is_async else None
-        seconds = lane.queue.lease.total_seconds()
-        renewed = partial(self._register.renew, running)
-        attempt.renewal = keeper_for(attempt.source.using).hold(attempt, seconds, lost, renewed)
-        if attempt.lease.attempts > 0:
+    def _begin(self, lane: Lane, added: list[Running]) -> None:
+        """Keep the leases of what one claim has taken, and start it."""
+        source, seconds = added[0].attempt.source, lane.queue.lease.total_seconds()
+        kept = [(running.attempt, self._on_loss(running), self._on_renewal(running)) for running in added]
+        for running, lease in zip(
+            added, keeper_for(source.using).hold_all(source, kept, seconds), strict=True
+        ):
+            running.attempt.renewal = lease
+            running.attempt.waits = lane.queue.atomic  # in its thread, where nobody waits for it
+        again = [running for running in added if running.attempt.claim.lease.attempts > 0]
+        for running in again:
             # It may be what killed its process. Then what has ended here before is not to be charged, too.
-            self._completer.call_after_the_others(partial(self._or_give_back, running, self._start))
-        else:
-            self._start(running)
+            self._completer.call_after_the_others(partial(self._or_give_back, [running], self._start))
+        if fresh := [running for running in added if running not in again] if again else added:
+            self._or_give_back(fresh, self._start)
 
-    def _start(self, running: Running) -> None:
-        attempt = running.attempt
-        if not isinstance(attempt, AsyncAttempt):
-            self._threads.submit(running)
+    def _on_loss(self, running: Running) -> OnLoss | None:
+        return partial(self._loop.cancel, running) if running.lane.is_async else None
+
+    def _on_renewal(self, running: Running) -> OnRenewal:
+        return partial(self._register.renew, running)
+
+    def _start(self, some: list[Running]) -> None:
+        if not some[0].lane.is_async:
+            self._threads.submit(some)
             return
+        for running in some:
+            self._or_give_back([running], self._start_async)
+
+    def _start_async(self, some: list[Running]) -> None:
+        (running,) = some
         self._register.begin(running)  # as the receivers of a signal are called next
-        attempt.start()
-        if attempt.error is None:
+        error = cast("AsyncAttempt[Any]", running.attempt).start().error
+        if error is None:
             self._loop.submit(running)
         else:
-            self._completer.put(running, attempt.error)
+            self._completer.put(running, error)
 
 
 def take(lane: Lane, source: Source[Any], limit: int, engine: Engine | None = None) -> list[Claim[Any]]:

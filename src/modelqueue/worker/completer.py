@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +21,10 @@ from django.db import connections
 from django.db.utils import Error, OperationalError
 
 from modelqueue.attempts import SHORT_PATIENCE
+from modelqueue.clock import now
 from modelqueue.engines import Change, Engine, RowLocked, engine_for
-from modelqueue.outcomes import Outcome
+from modelqueue.leases import Lease
+from modelqueue.outcomes import Outcome, Successes
 from modelqueue.worker.running import Register, Running
 
 __all__ = ["Completer"]
@@ -33,6 +35,8 @@ logger = logging.getLogger("modelqueue")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 #: Outcomes that are written together.
 _MOST_TOGETHER = 400
+#: Seconds for which an outcome waits for others, to be written with them, while more tasks wait for a thread.
+_LINGER = 0.003
 #: The longest while somebody has locked the row.
 _LONGEST_PAUSE_OF_LOCKED = 1.0
 #: Seconds after which an outcome is given up that the database refuses without being away.
@@ -42,7 +46,7 @@ _LONGEST_REFUSAL = 60.0
 _ADVICE_INTERVAL, _COUNT_INTERVAL, _NEARLY = 60.0, 0.2, 0.8
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Ended:
     """An action that has returned, or raised this error, and when to try to record that."""
 
@@ -65,8 +69,14 @@ class _Ended:
 
 
 class Completer:
-    def __init__(self, register: Register) -> None:
+    """
+    Args:
+        waiting: returns how many tasks are claimed whose actions have not begun.
+    """
+
+    def __init__(self, register: Register, waiting: Callable[[], int] = lambda: 0) -> None:
         self._register = register
+        self._waiting = waiting
         self._ended: SimpleQueue[_Ended | Callable[[], None] | None] = SimpleQueue()
         #: What could not be written yet.
         self._late: list[_Ended] = []
@@ -80,6 +90,8 @@ class Completer:
         self._advise_from = 0.0
         #: The aliases of databases with a connection for outcomes.
         self._reserved = set[str]()
+        #: Those of its thread, by alias.
+        self._engines: dict[str, Engine] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -111,6 +123,9 @@ class Completer:
     def _work(self) -> None:
         try:
             while (ended := self._next()) is not None and not self._is_stopped.is_set():
+                # Under load only: a slot counts as taken until the outcome is written.
+                if self._waiting() > self._ended.qsize():
+                    time.sleep(_LINGER)
                 self._settle_together([ended, *self._more()])
         finally:
             connections.close_all()
@@ -139,15 +154,17 @@ class Completer:
             return self._put_back.pop()
         return self._ended.get(timeout=pause)
 
-    def _more(self) -> Iterator[_Ended]:
-        """Give what has ended, too, by now."""
+    def _more(self) -> list[_Ended]:
+        """Return what has ended, too, by now."""
+        more: list[_Ended] = []
         with suppress(Empty):
-            for _ in range(_MOST_TOGETHER - 1):
+            while len(more) < _MOST_TOGETHER - 1:
                 ended = self._put_back.pop() if self._put_back else self._ended.get_nowait()
                 if not isinstance(ended, _Ended):
                     self._put_back.append(ended)
-                    return
-                yield ended
+                    break
+                more.append(ended)
+        return more
 
     def _settle_together(self, all_ended: list[_Ended]) -> None:
         """Write those outcomes of one source together that are a status alone; each other by itself."""
@@ -155,18 +172,20 @@ class Completer:
             self._settle(*all_ended)
             return
         prepared = defaultdict[Any, dict[Any, tuple[_Ended, Outcome, Change]]](dict)
-        engines: dict[str, Engine] = {}
-        for ended in all_ended:
+        able = [ended for ended in all_ended if self._may_be_of_status_alone(ended)]
+        renewals = [ended.running.attempt.renewal for ended in able]
+        Lease.end_all(renewal for renewal in renewals if isinstance(renewal, Lease))
+        successes = Successes(now())
+        for ended in able:
             attempt, source = ended.running.attempt, ended.running.attempt.source
-            if source.using not in self._waits_for:
-                if source.using not in engines:
-                    engines[source.using] = engine_for(source.using)
-                    engines[source.using].patience = SHORT_PATIENCE
-                with suppress(BaseException):  # which comes up again when it is settled by itself
-                    if (found := attempt.prepare(ended.error, engines[source.using])) is not None:
-                        group = prepared[source.using, source.owner, source.field]
-                        # Of two attempts on a row one has lost it, and its key does not say which.
-                        group.setdefault(found[1].key, (ended, *found))
+            try:
+                found = attempt.prepare(ended.error, successes)
+            except BaseException:  # noqa: S112  which comes up again when it is settled by itself
+                continue
+            if found is not None:
+                group = prepared[source.using, source.owner, source.field]
+                # Of two attempts on a row one has lost it, and its key does not say which.
+                group.setdefault(found[1].key, (ended, *found))
         written = set[_Ended]()
         for group in prepared.values():
             written |= self._write_together(list(group.values()))
@@ -175,6 +194,20 @@ class Completer:
             ended.running.attempt.resume_renewal()  # those before it may take longer than its lease
         for ended in left:
             self._settle(ended)
+
+    def _may_be_of_status_alone(self, ended: _Ended) -> bool:
+        attempt, using = ended.running.attempt, ended.running.attempt.source.using
+        if using in self._waits_for:
+            return False
+        if using not in self._engines:
+            self._engines[using] = engine_for(using)
+        engine = self._engines[using]
+        engine.forget()
+        engine.patience = SHORT_PATIENCE
+        try:
+            return attempt.may_be_of_status_alone(ended.error, engine)
+        except BaseException:  # as below
+            return False
 
     def _write_together(self, group: list[tuple[_Ended, Outcome, Change]]) -> set[_Ended]:
         attempt = group[0][0].running.attempt
@@ -190,7 +223,7 @@ class Completer:
                 continue
             written.add(ended)
             try:
-                ended.running.attempt.conclude_prepared(outcome, change)
+                ended.running.attempt.conclude_prepared(outcome)
             except BaseException as error:
                 self._handle(ended, error)
             else:

@@ -6,6 +6,7 @@ order.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -39,6 +40,8 @@ __all__ = ["main"]
 
 logger = logging.getLogger("modelqueue")
 
+#: The thresholds of the garbage collector: Python's own are 700, 10 and 10.
+_COLLECT = 5_000, 10, 10
 #: Seconds between two reports to the supervisor.
 _TICK = 0.1
 #: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end,
@@ -58,6 +61,10 @@ def main(options: Options, pipe: Connection[Any, Any], board: Board, bell: Bell)
         django.setup()
     show_log_lines(options.verbosity)
     name_sessions(options.version, (queue for queue in declared_queues() if queue.name in options.names))
+    # What is loaded by now lives as long as the process: the collector need not look at it again and again,
+    # nor so often when hundreds of tasks are claimed at a time.
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
     Process(options, pipe, board, bell).run()
     end_without_fail(_ONE_MOMENT)
 
@@ -78,7 +85,7 @@ class Process:
         lanes = [Lane(queue, options.threads, options.alone) for queue in queues]
         self._slots = Slots(lanes, options.threads, options.max_tasks, options.alone, bell)
         self._register = Register(self._slots, board, self._tell_claimed)
-        self._completer = Completer(self._register)
+        self._completer = Completer(self._register, lambda: self._threads.waiting)
         self._threads = Threads(self._register, self._completer, options.threads)
         self._loop = Loop(self._completer)
         self._claimer = Claimer(self._slots, self._register, self._threads, self._loop, self._completer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import itertools
 import math
 import threading
@@ -24,6 +23,20 @@ __all__ = ["Claimed", "Register", "Running"]
 
 class Running:
     """A task that was claimed, and what is known of it."""
+
+    __slots__ = (
+        "_began",
+        "_turn",
+        "attempt",
+        "interrupted_at",
+        "is_overdue",
+        "lane",
+        "limit",
+        "number",
+        "place",
+        "seconds",
+        "waits_since",
+    )
 
     def __init__(self, lane: Lane, attempt: Attempt[Any], number: int, place: int | None = None) -> None:
         self.lane = lane

@@ -24,7 +24,9 @@ __all__ = ["Lane", "Slots", "Turn", "most_at_a_time"]
 _MOST = 48
 #: Tasks of a queue that may be claimed beyond the free slots, and for how many seconds they may last at most,
 #: as other processes would not have them wait.
-_MOST_AHEAD, _LONGEST_AHEAD = 512, 0.05
+_MOST_AHEAD, _LONGEST_AHEAD = 1024, 0.05
+#: Tasks that one claim takes at most: while it is under way those of the last ones are run, and written.
+_BATCH = 256
 #: Up to here a claim may take any number.
 _SMALL = 8
 #: How much the newest measurement counts.
@@ -184,9 +186,10 @@ class Slots:
         free = self._threads - sum(self._taken(one, share) for one in self._lanes if one is not lane)
         free -= lane.running
         ahead = lane.ahead // sharing
-        if ahead and free + ahead < (self._threads + ahead) / 2:  # few at a time would cost as much as many
+        # Few at a time would cost as much as many.
+        if ahead and free + ahead < min((self._threads + ahead) / 2, _BATCH):
             return 0
-        return min(lane.free + ahead, max(share - lane.running, 1) + ahead, free + ahead)
+        return min(lane.free + ahead, max(share - lane.running, 1) + ahead, free + ahead, _BATCH)
 
     def _taken(self, lane: Lane, share: int) -> int:
         """Return how many threads a queue holds up; what is claimed ahead does not take long."""

@@ -49,17 +49,33 @@ class Threads:
         self._threads: list[_Thread] = []
         self._is_interrupted = False
 
-    def submit(self, running: Running) -> None:
-        """Run the action of a claimed task, or do so soon, when one that runs has ended."""
+    def submit(self, some: list[Running]) -> None:
+        """Run the actions of claimed tasks, or do so soon, when those that run have ended."""
         with self._lock:
-            if self._idle <= 0 and len(self._threads) < self._most:
-                thread = _Thread(self)
-                thread.start()  # which fails where the system gives no more
-                self._threads.append(thread)
-                self._idle += 1
-            self._idle -= 1
-        running.waits_since = time.monotonic()
-        self._claimed.put(running)
+            self._start_missing(len(some) - self._idle)
+            self._idle -= len(some)
+        moment = time.monotonic()
+        for running in some:
+            running.waits_since = moment
+            self._claimed.put(running)
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for a thread."""
+        return self._claimed.qsize()
+
+    def _start_missing(self, count: int) -> None:
+        for _ in range(min(count, self._most - len(self._threads))):
+            thread = _Thread(self)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system gives no more
+                if not self._threads:
+                    raise
+                logger.debug("A thread can not be started, the others run its tasks: %s", error)
+                return
+            self._threads.append(thread)
+            self._idle += 1
 
     def give_back_what_waits(self) -> None:
         """Give back what was claimed ahead and waits for long: other processes may have a thread for it."""
