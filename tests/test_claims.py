@@ -3,6 +3,7 @@
 import contextlib
 import random
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 from django.db import DatabaseError, connection, models, transaction
@@ -16,6 +17,7 @@ from modelqueue.engines.statements import columns_of
 from modelqueue.source import Source
 from tests.actions import stored, succeed, unexpected
 from tests.faults.points import fault
+from tests.processes import wait_until
 from tests.testapp.models import Attachment, Job, Paper, PrintJob, Project, Task
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -395,10 +397,10 @@ def test_row_that_the_driver_can_not_read_fails_alone(table, declare, settings):
 
 @pytest.mark.vendor("postgresql")
 def test_rows_whose_keys_have_no_order_are_in_that_of_their_status():
-    assert _in_order([(3, {"a": 1}, 7), (3, {"b": 2}, 5), (3, {"c": 3}, 7)]) == [
-        (3, {"b": 2}, 5),
-        (3, {"a": 1}, 7),
-        (3, {"c": 3}, 7),
+    assert _in_order([({"a": 1}, 7), ({"b": 2}, 5), ({"c": 3}, 7)]) == [
+        ({"b": 2}, 5),
+        ({"a": 1}, 7),
+        ({"c": 3}, 7),
     ]
 
 
@@ -478,3 +480,41 @@ def test_tasks_of_one_number_are_looked_for_if_they_are_on_their_last_attempt(
     Task.objects.create(status=Status.waiting(7, 9))
     queue = declare(Task, "status", name="tasks", retry=3)(succeed)
     assert bool(verbs.claim(queue.alone(), 1)) == is_found
+
+
+CHANGES = {
+    "edited": ("UPDATE testapp_task SET data = 'new' WHERE id = %s", ("new", Status.waiting(4))),
+    "tried": ("UPDATE testapp_task SET status = status + 3 WHERE id = %s", ("", Status.waiting(4, 3))),
+    "canceled": ("UPDATE testapp_task SET status = 5000000000000000000 WHERE id = %s", None),
+    "deleted": ("DELETE FROM testapp_task WHERE id = %s", None),
+}
+
+
+@pytest.mark.vendor("postgresql")
+@pytest.mark.parametrize("change", CHANGES)
+def test_row_that_is_changed_while_the_claim_reads_is_claimed_as_it_is_then_or_not_at_all(
+    change, monkeypatch
+):
+    """Its statement sees what was committed when it began, and meets what was committed since."""
+
+    def execute_when_let(engine, cursor, sql, params):
+        cursor.execute(
+            sql.replace(" WHERE (", " WHERE pg_advisory_lock_shared(7) IS NOT NULL AND (", 1), params
+        )
+
+    sql, found = CHANGES[change]
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(1, 5)])
+    monkeypatch.setattr(PostgreSQLEngine, "_execute", execute_when_let)
+    claims = []
+    claiming = Thread(target=lambda: (claims.extend(claim(Task.objects, 4)), connection.close()))
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(7)")
+        claiming.start()
+        waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_until(lambda: (cursor.execute(waits), cursor.fetchone())[1] == (1,))
+        cursor.execute(sql, [tasks[3].pk])
+        cursor.execute("SELECT pg_advisory_unlock(7)")
+    claiming.join()
+    assert [one.row.pk for one in claims[:3]] == [task.pk for task in tasks[:3]]
+    assert [(one.task.data, one.row.status) for one in claims[3:]] == ([] if found is None else [found])
+    assert [stored(one.task) for one in claims] == [one.lease for one in claims]
