@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -31,9 +31,7 @@ class NotCalled(RuntimeError):  # noqa: N818
     """There was no thread to call a function in."""
 
 
-async def in_thread(
-    function: Callable[..., T], *arguments: Any, executor: ThreadPoolExecutor | None = None
-) -> Kept[T]:
+async def in_thread(function: Callable[..., T], *arguments: Any, executor: Executor | None = None) -> Kept[T]:
     """Call a function in a thread, by default that of this coroutine's connections, and wait for its end.
 
     A thread can not be canceled, and who leaves it alone does not learn what it did. So the function is
@@ -66,7 +64,8 @@ async def in_thread(
             else:
                 # Maybe once more, if it was canceled before it had begun: then the second call finds that
                 # there is nothing left to do.
-                await sync_to_async(work, thread_sensitive=executor is None, executor=executor)()
+                pool = cast("ThreadPoolExecutor | None", executor)  # any Executor will do
+                await sync_to_async(work, thread_sensitive=executor is None, executor=pool)()
         except asyncio.CancelledError as error:
             canceled = error
         except RuntimeError as error:  # the system gives no more threads, or is about to end
@@ -105,6 +104,26 @@ async def call_in_own_thread(function: Callable[..., T], *arguments: Any) -> Kep
         executor.shutdown(wait=False)
 
 
+class _OwnThread(Executor):
+    """A pool of one thread that is made with its first call: most async actions need none."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def is_used(self) -> bool:
+        return self._pool is not None
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1)
+        return self._pool.submit(function, *arguments, **named)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
 async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> Kept[T]:
     """Await work whose synchronous parts get a thread of their own, whose connections are closed at the end.
 
@@ -115,8 +134,7 @@ async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> K
         then: called with the result, in the thread that was used, before its connections are closed;
             returns the result.
     """
-    used: list[bool] = []
-    executor = ThreadPoolExecutor(1, initializer=used.append, initargs=(True,))
+    executor = _OwnThread()
     options: dict[str, Any] = {"executor": executor} if _CONTEXT_TAKES_EXECUTOR else {}
     canceled: asyncio.CancelledError | None = None
     try:
@@ -125,13 +143,13 @@ async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> K
             try:
                 result = await work
                 with suppress(NotCalled):  # the work is done all the same
-                    if used:
+                    if executor.is_used:
                         result, canceled = await in_thread(then, result, executor=executor)
                     elif not _CONTEXT_TAKES_EXECUTOR:  # perhaps in the caller's thread
                         result, canceled = await in_thread(then, result)
             finally:
                 with suppress(NotCalled):
-                    if used:
+                    if executor.is_used:
                         _, late = await in_thread(_close_connections, executor=executor)
                         canceled = canceled or late
                 # Else the end of the context waits for it, and may be canceled meanwhile.

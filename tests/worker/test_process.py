@@ -1865,9 +1865,13 @@ def test_what_was_claimed_ahead_and_waits_for_long_is_given_back(start, ahead, d
     wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended().get("finish") == 10)
 
 
+#: For a completer to which tasks are put that have no slots.
+NO_SLOTS = SimpleNamespace(leave=lambda running: None)
+
+
 def test_what_is_called_after_the_others_is_called_before_later_outcomes_are_written(monkeypatch):
     done = []
-    one = completer.Completer(None)
+    one = completer.Completer(NO_SLOTS)
     monkeypatch.setattr(one, "_settle_together", lambda ended: done.append([each.running for each in ended]))
     for number in (1, 2):
         one.put(number, None)
@@ -1882,7 +1886,7 @@ def test_what_is_called_after_the_others_is_called_before_later_outcomes_are_wri
 def test_no_more_outcomes_are_written_together_than_one_statement_takes(monkeypatch):
     monkeypatch.setattr(completer, "_MOST_TOGETHER", 3)
     done = []
-    one = completer.Completer(None)
+    one = completer.Completer(NO_SLOTS)
     monkeypatch.setattr(one, "_settle_together", lambda ended: done.append(len(ended)))
     for number in range(7):
         one.put(number, None)
@@ -1899,7 +1903,7 @@ def test_outcome_waits_for_others_while_more_tasks_wait_for_a_thread(monkeypatch
         waiting.clear()
 
     done, slept, waiting = [], [], [1, 2, 3]
-    one = completer.Completer(None, lambda: len(waiting))
+    one = completer.Completer(NO_SLOTS, lambda: len(waiting))
     monkeypatch.setattr(one, "_settle_together", lambda ended: done.append([each.running for each in ended]))
     monkeypatch.setattr(completer, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rest))
     one.put(1, None)

@@ -50,7 +50,7 @@ def test_each_keeps_its_share():
     slots = Slots([a, b], 2)
     assert turns(slots, 2) == [("a", 1), ("b", 1)]
     for ended, expected in [(b, "b"), (a, "a"), (b, "b")]:
-        slots.freed([(ended, None)])
+        slots.freed([(ended, None, False)])
         assert turns(slots, 1) == [(expected, 1)]
 
 
@@ -61,10 +61,10 @@ def test_queue_that_has_more_than_its_share_leaves_the_next_thread_to_the_other(
     slots.claimed(slots.next(), 0)
     assert turns(slots, 1) == [("a", 2)]
     for _ in range(2):
-        slots.freed([(a, None)])
+        slots.freed([(a, None, False)])
         slots.want(["b"])
         assert turns(slots, 1) == [("b", 1)]
-    slots.freed([(a, None)])
+    slots.freed([(a, None, False)])
     assert turns(slots, 1) == [("a", 1)]
 
 
@@ -139,7 +139,7 @@ def test_no_more_tasks_are_claimed_than_the_process_may_run(unused):
     turn = slots.next()
     slots.claimed(turn, 4 - unused)
     for _ in range(4 - unused):
-        slots.freed([(one, None)])
+        slots.freed([(one, None, False)])
     slots.want(["a"])
     assert turns(slots, 1) == [("a", 2 + unused)]
     slots.want(["a"])
@@ -182,7 +182,7 @@ def test_queue_that_failed_has_its_next_turn_after_its_pause_and_others_have_the
     for _ in range(3):
         assert turns(slots, 1)[0][0] == "b"
         for _ in range(b.running):
-            slots.freed([(b, None)])
+            slots.freed([(b, None, False)])
     turns(slots, 1, claimed=0)
     assert is_waiting(slots)
     assert turns(slots, 1) == [("a", 4)]  # though nobody has said that it has something due
@@ -208,10 +208,10 @@ def test_process_for_last_attempts_has_one_task_at_a_time_whatever_its_queue():
     slots = Slots([a, b], 1, alone=True)
     assert turns(slots, 1) == [("a", 1)]
     assert is_waiting(slots)
-    slots.freed([(a, None)])
+    slots.freed([(a, None, False)])
     assert turns(slots, 1) == [("b", 1)]
     assert is_waiting(slots)
-    slots.freed([(b, None)])
+    slots.freed([(b, None, False)])
     assert turns(slots, 1) == [("a", 1)]
 
 
@@ -249,6 +249,40 @@ def test_nothing_is_claimed_ahead_where_it_would_cost_or_could_not_be_run(option
     assert measured("a", 0.00001, 0.005, **options).ahead == 0
 
 
+def test_slot_is_free_again_when_its_action_has_ended():
+    one = lane("a", slots=2)
+    slots = Slots([one], 4)
+    assert turns(slots, 1) == [("a", 2)]
+    assert slots.next(0) is None
+    left = [slots.leave(one)]
+    assert turns(slots, 1) == [("a", 1)]
+    slots.freed([(one, 1.0, left.pop())])
+    assert slots.next(0) is None
+    assert (one.busy, slots.running) == (2, 2)
+
+
+def test_no_more_tasks_leave_their_slots_than_a_queue_has():
+    """Where outcomes can not be written, nothing more is claimed at last."""
+    one = lane("a", slots=2)
+    slots = Slots([one], 4)
+    assert turns(slots, 1) == [("a", 2)]
+    assert [slots.leave(one), slots.leave(one)] == [True, True]
+    assert turns(slots, 1) == [("a", 2)]
+    assert not slots.leave(one)
+    assert slots.next(0) is None
+    assert slots.running == 4
+
+
+def test_slot_of_a_short_task_is_taken_until_its_outcome_is_written():
+    one = measured("a", 0.0001, 0.0)
+    slots = Slots([one], 4)
+    assert turns(slots, 1) == [("a", 4)]
+    assert not slots.leave(one)
+    assert slots.next(0) is None
+    slots.freed([(one, 0.0001, False)])
+    assert turns(slots, 1) == [("a", 1)]
+
+
 def test_before_a_task_has_ended_nothing_is_claimed_ahead():
     one = lane("a")
     one.note_claim(0.005)
@@ -260,9 +294,9 @@ def test_next_tasks_are_claimed_ahead_when_half_of_them_have_ended():
     slots = Slots([one], 4)
     assert turns(slots, 1) == [("a", 96)]
     for _ in range(43):
-        slots.freed([(one, None)])
+        slots.freed([(one, None, False)])
     assert is_waiting(slots)
-    slots.freed([(one, None)])
+    slots.freed([(one, None, False)])
     assert turns(slots, 1) == [("a", 48)]
 
 
@@ -271,9 +305,9 @@ def test_queue_that_is_ahead_leaves_the_other_its_share_of_the_threads():
     slots = Slots([a, b], 4)
     assert turns(slots, 2) == [("a", 48), ("b", 2)]
     for _ in range(48):
-        slots.freed([(a, None)])
+        slots.freed([(a, None, False)])
     assert turns(slots, 1) == [("a", 48)]
-    slots.freed([(b, None)])
+    slots.freed([(b, None, False)])
     assert turns(slots, 1) == [("b", 1)]
 
 
@@ -283,7 +317,7 @@ def test_queue_whose_tasks_take_long_now_is_not_ahead_any_more():
     turn = slots.next()
     slots.claimed(turn, 96)
     for _ in range(96):
-        slots.freed([(one, 10.0)])
+        slots.freed([(one, 10.0, False)])
     assert one.ahead == 100
     slots.claimed(slots.next(), 0, 0.005)
     assert one.ahead == 0

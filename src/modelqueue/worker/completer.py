@@ -109,6 +109,7 @@ class Completer:
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
         self._ended.put(_Ended(running, error))
+        self._register.leave(running)
 
     def call_after_the_others(self, function: Callable[[], None]) -> None:
         """Call a function, in the thread of the completer, when what was put before is written or put off."""

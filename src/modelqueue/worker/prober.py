@@ -1,7 +1,7 @@
 """The prober: looks for due and abandoned tasks of all queues, in one statement for each database.
 
-One thread for the whole worker, so that an idle one costs ten cheap statements a second at most, however many
-queues and processes it has, and one when it was idle for long.
+One thread for the whole worker, so that it costs ten cheap statements a second at most, however many queues
+and processes it has, twenty while it finds work, and one when it was idle for long.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds from one look to the next while there was work lately, and how long "lately" is.
 _SHORTEST, _LATELY = 0.1, 5.0
+#: Seconds to the next after one that has found something due.
+_SHORTEST_BUSY = 0.05
 #: How much longer each next pause is after that.
 _GROWTH = 1.2
 #: Seconds between two questions that others want, and how many times as long as the last one has taken.
@@ -118,6 +120,8 @@ class Prober:
         #: Of which something has expired that is held back.
         self.holds_back: list[str] = []
         self._expired: dict[str, int] = {}
+        #: Has the last look found something due?
+        self._is_busy = False
         #: Where each question begins, and, by database, when to ask it of all rows.
         self._bounds: defaultdict[object, Bounds] = defaultdict(Bounds)
         self._sweeps: defaultdict[str, Sweeps] = defaultdict(Sweeps)
@@ -169,7 +173,8 @@ class Prober:
                 is_active = time.monotonic() < self._active_until
                 # What has expired is recovered when it was seen twice, not long ago.
                 longest = min(self._poll, _LONGEST_WITH_EXPIRED) if self._expired else self._poll
-                pause = min(_SHORTEST if is_active else pause * _GROWTH, max(longest, _SHORTEST))
+                shortest = _SHORTEST_BUSY if self._is_busy else _SHORTEST
+                pause = min(shortest if is_active else pause * _GROWTH, max(longest, shortest))
                 # From one beginning to the next, but never without a rest, however long a look takes.
                 jittered = random.uniform(0.95, 1.05) * pause  # noqa: S311
                 waited = self._rest(max(jittered - (time.monotonic() - began), pause / 2))
@@ -253,7 +258,8 @@ class Prober:
         self.holds_back = [name for name in seen.expired if time.monotonic() < self._held_back.get(name, 0.0)]
         expired = {name: first for name, first in seen.expired.items() if name not in self.holds_back}
         has_more_expired = not set(expired) <= set(self._expired)
-        if seen.due or seen.alone or has_more_expired:
+        self._is_busy = bool(seen.due or seen.alone)
+        if self._is_busy or has_more_expired:
             self.look_again()
         self._expired = expired
         seen = seen._replace(expired=expired)

@@ -29,6 +29,7 @@ class Running:
         "_began",
         "_turn",
         "attempt",
+        "has_left",
         "interrupted_at",
         "is_overdue",
         "lane",
@@ -48,6 +49,8 @@ class Running:
         self.place = place
         #: Since when it waits for a thread, by the monotonic clock; infinity: it does not.
         self.waits_since = math.inf
+        #: Is its slot free already?
+        self.has_left = False
         self._turn = threading.Lock()
         #: When its action will have taken too long, by the monotonic clock; infinity: it is not under way.
         self.limit = math.inf
@@ -137,6 +140,10 @@ class Register:
         if running.place is not None:
             self._board.renew(running.place, stored, renewed)
 
+    def leave(self, running: Running) -> None:
+        """Its action has ended, so its slot is free; its outcome is still to be written."""
+        running.has_left = self._slots.leave(running.lane)
+
     def end(self, ended: Sequence[tuple[Running, str]]) -> None:
         """The outcomes of tasks are written, each by how it has ended ("lost": never will be by us)."""
         for running, _ in ended:
@@ -146,7 +153,7 @@ class Register:
             self._running.difference_update(running for running, _ in ended)
             self._ended.update(how for _, how in ended)
             self._changed.notify_all()
-        self._slots.freed([(running.lane, running.seconds) for running, _ in ended])
+        self._slots.freed([(running.lane, running.seconds, running.has_left) for running, _ in ended])
 
     def running(self) -> list[Running]:
         """Return all that is claimed and has not ended."""

@@ -27,6 +27,9 @@ _MOST = 48
 _MOST_AHEAD, _LONGEST_AHEAD = 1024, 0.05
 #: Tasks that one claim takes at most: while it is under way those of the last ones are run, and written.
 _BATCH = 256
+#: Seconds of an action below which its slot counts as taken until its outcome is written with others: to wake
+#: the claimer for each of thousands takes longer than they do.
+_SHORT = 0.001
 #: Up to here a claim may take any number.
 _SMALL = 8
 #: How much the newest measurement counts.
@@ -44,7 +47,8 @@ class Lane:
             self.slots = queue.slots or ASYNC_SLOTS
         else:
             self.slots = min(queue.slots or threads, threads)
-        self.running = 0
+        #: Tasks in hand, until their outcomes are written; of these such as have left their slots already.
+        self.running = self.left = 0
         #: Tasks that may be claimed beyond the slots: as many as are run while the next ones are claimed.
         self.ahead = 0
         #: What one task costs: that is not known before the first has ended.
@@ -61,8 +65,18 @@ class Lane:
         self.not_before = 0.0
 
     @property
+    def busy(self) -> int:
+        """How many tasks have a slot, or wait for one."""
+        return self.running - self.left
+
+    @property
     def free(self) -> int:
-        return self.slots - self.running
+        return self.slots - self.busy
+
+    @property
+    def is_short(self) -> bool:
+        """Say whether its tasks take less time than to look after each of them by itself."""
+        return self._seconds is not None and self._seconds < _SHORT
 
     def note_task(self, seconds: float) -> None:
         """An action has taken so long."""
@@ -169,7 +183,7 @@ class Slots:
         able = [lane for lane in wanted if self._most(lane, share, sharing) > 0]
         if not able:
             return None
-        below = [lane for lane in able if lane.is_async or lane.running < share]
+        below = [lane for lane in able if lane.is_async or lane.busy < share]
         lane = (below or able)[0]
         self._lanes.remove(lane)
         self._lanes.append(lane)
@@ -184,18 +198,18 @@ class Slots:
         if lane.is_async:
             return min(lane.free, _MOST)
         free = self._threads - sum(self._taken(one, share) for one in self._lanes if one is not lane)
-        free -= lane.running
+        free -= lane.busy
         ahead = lane.ahead // sharing
         # Few at a time would cost as much as many.
         if ahead and free + ahead < min((self._threads + ahead) / 2, _BATCH):
             return 0
-        return min(lane.free + ahead, max(share - lane.running, 1) + ahead, free + ahead, _BATCH)
+        return min(lane.free + ahead, max(share - lane.busy, 1) + ahead, free + ahead, _BATCH)
 
     def _taken(self, lane: Lane, share: int) -> int:
         """Return how many threads a queue holds up; what is claimed ahead does not take long."""
         if lane.is_async:
             return 0
-        return min(lane.running, share) if lane.ahead else lane.running
+        return min(lane.busy, share) if lane.ahead else lane.busy
 
     def claimed(self, turn: Turn, count: int, seconds: float | None = None) -> None:
         """Give back the slots of a turn that were not needed; a turn that was used up is not the last.
@@ -228,11 +242,27 @@ class Slots:
         with self._lock:
             return self._unclaimed <= 0
 
-    def freed(self, ended: Iterable[tuple[Lane, float | None]]) -> None:
-        """Tasks of these queues have ended, whose actions have taken so long."""
+    def leave(self, lane: Lane) -> bool:
+        """An action has ended, so the next task may have its slot while its outcome is written.
+
+        Returns whether that counts, which is to be told when it is written. As many as a queue has slots may
+        have left theirs: where outcomes can not be written, no more are claimed at last.
+        """
+        if lane.is_short:
+            return False
         with self._lock:
-            for lane, seconds in ended:
+            if lane.left >= lane.slots:
+                return False
+            lane.left += 1
+            self._wake()
+        return True
+
+    def freed(self, ended: Iterable[tuple[Lane, float | None, bool]]) -> None:
+        """Outcomes are written: whose, how long the action took, and whether its slot was left already."""
+        with self._lock:
+            for lane, seconds, has_left in ended:
                 self._take(lane, -1)
+                lane.left -= has_left
                 if seconds is not None:
                     lane.note_task(seconds)
             self._wake()
@@ -260,5 +290,6 @@ def _few_sizes(limit: int) -> int:
 def most_at_a_time(queues: Iterable[Queue[Any]], threads: int) -> int:
     """Return how many tasks a process may have in hand."""
     lanes = [Lane(queue, threads) for queue in queues]
-    # Each queue may be ahead: another one may have claimed when this one wanted nothing.
-    return threads + sum(lane.slots if lane.is_async else lane.slots + _MOST_AHEAD for lane in lanes)
+    # Each queue may be ahead: another one may have claimed when this one wanted nothing. Twice the slots, as
+    # of those that have left theirs the outcomes are still to be written.
+    return threads + sum(2 * lane.slots + (0 if lane.is_async else _MOST_AHEAD) for lane in lanes)
