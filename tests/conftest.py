@@ -14,6 +14,7 @@ from django.test import TransactionTestCase
 
 import modelqueue
 from modelqueue import Status, clock, execution, queues
+from modelqueue.engines import prepared
 from modelqueue.fields import declared_on
 from tests.processes import Processes
 from tests.worker.workers import Workers
@@ -161,3 +162,9 @@ def workers(transactional_db):
     """Real workers on the database of this test; see `tests.worker.workers`."""
     with Workers() as started:
         yield started
+
+
+@pytest.fixture
+def unprepared(monkeypatch):
+    """No statement is prepared, so that what is sent does not depend on what a session has sent before."""
+    monkeypatch.setattr(prepared, "_WORTH_IT", 10**6)

@@ -505,8 +505,9 @@ def test_row_that_is_changed_while_the_claim_reads_is_claimed_as_it_is_then_or_n
     sql, found = CHANGES[change]
     tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(1, 5)])
     monkeypatch.setattr(PostgreSQLEngine, "_execute", execute_when_let)
+    monkeypatch.setattr(PostgreSQLEngine, "_claim_step_by_step", unexpected)
     claims = []
-    claiming = Thread(target=lambda: (claims.extend(claim(Task.objects, 4)), connection.close()))
+    claiming = Thread(target=lambda: (claims.extend(claim(Task.objects, 4)), connection.close()), daemon=True)
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(7)")
         claiming.start()
@@ -514,7 +515,7 @@ def test_row_that_is_changed_while_the_claim_reads_is_claimed_as_it_is_then_or_n
         wait_until(lambda: (cursor.execute(waits), cursor.fetchone())[1] == (1,))
         cursor.execute(sql, [tasks[3].pk])
         cursor.execute("SELECT pg_advisory_unlock(7)")
-    claiming.join()
+    claiming.join(30)
     assert [one.row.pk for one in claims[:3]] == [task.pk for task in tasks[:3]]
     assert [(one.task.data, one.row.status) for one in claims[3:]] == ([] if found is None else [found])
     assert [stored(one.task) for one in claims] == [one.lease for one in claims]

@@ -87,6 +87,7 @@ def test_claim_sets_them_with_the_status_and_the_task_shows_them(engine, way, de
         assert shown(task, values) == columns(task, values) == values
 
 
+@pytest.mark.usefixtures("unprepared")
 def test_action_sees_them_and_they_are_no_change_of_its_own(engine, vendor, declare):
     seen = []
     queue = declare(Shift, "status", name="shifts", claim_values=ENTRY)(lambda task: seen.append(vars(task)))

@@ -333,18 +333,55 @@ def test_lease_is_renewed_while_an_atomic_action_waits_for_its_transaction(decla
     assert stored(task).state == State.finished
 
 
-def test_leases_that_end_together_are_renewed_no_more_and_no_others(declare):
+@pytest.fixture
+def kept(declare):
+    """Three leases that are kept together, and renewed only when somebody asks for it."""
     made = declare(Task, "status", name="tasks")(lambda task: None)
     Task.objects.bulk_create([Task(), Task(), Task()])
     source, keeper = made.source(), Keeper("default")
     attempts = [made.attempt(claim, source) for claim in verbs.claim(source, 3)]
     kept = keeper.hold_all(source, [(attempt, None, lambda *_: None) for attempt in attempts], 3600.0)
+    yield kept
+    leases.Lease.end_all(kept)
+
+
+def test_leases_that_end_together_are_renewed_no_more_and_the_others_are(kept):
     kept[0].end()
     leases.Lease.end_all(kept[:2])
-    assert list(kept[0]._group.held.values()) == kept[2:]
+    before = [stored(one.attempt.task) for one in kept]
+    wait_until(lambda: Status.working(modelqueue.now()) > max(before))
     assert kept[2].renew()
-    leases.Lease.end_all(kept)
-    assert kept[0]._group.held == {}
+    after = [stored(one.attempt.task) for one in kept]
+    assert after[:2] == before[:2]
+    assert after[2] > before[2]
+    assert after[2] == kept[2].attempt.lease
+
+
+def test_end_of_leases_together_waits_for_a_renewal_that_is_under_way(kept, monkeypatch):
+    """Or their outcomes would be written under leases that do not stand there any more."""
+    renew, is_renewing, go_on = verbs.renew, threading.Event(), threading.Event()
+
+    def renew_slowly(*arguments):
+        is_renewing.set()
+        go_on.wait(30)
+        return renew(*arguments)
+
+    monkeypatch.setattr(verbs, "renew", renew_slowly)
+    before = {one.attempt.lease for one in kept}
+    wait_until(lambda: Status.working(modelqueue.now()) > max(before))
+    asking = threading.Thread(target=kept[0].renew, daemon=True)
+    asking.start()
+    assert is_renewing.wait(30)
+    ending = threading.Thread(target=leases.Lease.end_all, args=[kept], daemon=True)
+    ending.start()
+    ending.join(0.2)
+    assert ending.is_alive()
+    go_on.set()
+    ending.join(30)
+    asking.join(30)
+    found = {one.attempt.lease for one in kept}
+    assert found == {stored(one.attempt.task) for one in kept}
+    assert min(found) > max(before)
 
 
 def test_end_of_an_atomic_action_waits_for_no_renewal_that_waits_for_it(declare, monkeypatch):

@@ -1,6 +1,7 @@
 """Prepared statements of PostgreSQL: which, how long, and in a session that does not have them any more."""
 
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
@@ -37,11 +38,11 @@ def run_and_see(count, rows=None):
     return seen
 
 
-USED_OFTEN = [["WITH", "UPDATE"]] * 5 + [["PREPARE", "EXECUTE", "PREPARE", "EXECUTE"]]
+USED_AGAIN = [["WITH", "UPDATE"], ["PREPARE", "EXECUTE", "PREPARE", "EXECUTE"]]
 
 
-def test_statement_that_a_session_uses_often_is_prepared():
-    assert run_and_see(8) == [*USED_OFTEN, ["EXECUTE", "EXECUTE"], ["EXECUTE", "EXECUTE"]]
+def test_statement_that_a_session_uses_again_is_prepared():
+    assert run_and_see(4) == [*USED_AGAIN, ["EXECUTE", "EXECUTE"], ["EXECUTE", "EXECUTE"]]
 
 
 def test_statements_of_a_queue_are_prepared_with_the_values_of_its_queryset(declare):
@@ -68,16 +69,14 @@ def test_statements_of_a_queue_are_prepared_with_the_values_of_its_queryset(decl
 def test_session_that_knows_very_many_statements_sends_the_others_as_they_are(monkeypatch):
     """Some may have ever new texts, which would fill its memory, and that of the server."""
     monkeypatch.setattr(prepared, "_MOST", 1)
-    assert (
-        run_and_see(8)
-        == [["WITH", "UPDATE"]] * 5 + [["PREPARE", "EXECUTE", "UPDATE"]] + [["EXECUTE", "UPDATE"]] * 2
-    )
+    known = [["EXECUTE", "UPDATE"]] * 2
+    assert run_and_see(4) == [["WITH", "UPDATE"], ["PREPARE", "EXECUTE", "UPDATE"], *known]
 
 
 def test_new_session_begins_anew():
     run_and_see(7)
     connection.close()
-    assert run_and_see(6) == USED_OFTEN
+    assert run_and_see(2) == USED_AGAIN
 
 
 def deallocate_all():
@@ -88,14 +87,14 @@ def deallocate_all():
 def test_session_that_has_changed_behind_a_pooler_prepares_again():
     run_and_see(7)
     deallocate_all()
-    assert run_and_see(2) == [["EXECUTE", "WITH", "EXECUTE", "UPDATE"], USED_OFTEN[-1]]
+    assert run_and_see(2) == [["EXECUTE", "WITH", "EXECUTE", "UPDATE"], USED_AGAIN[-1]]
 
 
 def test_what_another_client_of_the_pooler_has_prepared_is_the_same():
     run_and_see(7)
     # To this connection the session is a new one.
     vars(connection._connections[connection._alias]).pop("_modelqueue_prepared")
-    assert run_and_see(7) == [*USED_OFTEN, ["EXECUTE", "EXECUTE"]]
+    assert run_and_see(3) == [*USED_AGAIN, ["EXECUTE", "EXECUTE"]]
 
 
 def test_setting_forbids_it(settings):
@@ -121,12 +120,21 @@ def test_column_whose_type_has_changed():
 
 
 def test_plan_is_made_anew_after_a_while(monkeypatch):
-    run_and_see(7)
-    monkeypatch.setattr(prepared, "_LONGEST", 0.0)
-    again = ["DEALLOCATE", "PREPARE", "EXECUTE"]
-    assert run_and_see(1) == [again * 2]
+    def after(seconds):
+        time[0] += seconds
+        return run_and_see(1)
+
+    time, again = [0.0], ["DEALLOCATE", "PREPARE", "EXECUTE"]
+    monkeypatch.setattr(prepared, "time", SimpleNamespace(monotonic=lambda: time[0]))
+    run_and_see(2)
+    assert after(10.1) == [again * 2]
+    assert after(19.9) == [["EXECUTE", "EXECUTE"]]
     deallocate_all()
-    assert run_and_see(1) == [again * 2]  # a session that does not have it is none the worse
+    assert after(0.2) == [again * 2]  # a session that does not have it is none the worse
+    for _ in range(10):
+        after(1000.0)
+    assert after(590.0) == [["EXECUTE", "EXECUTE"]]
+    assert after(20.0) == [again * 2]
 
 
 def reads_of_the_whole_table():
@@ -137,8 +145,8 @@ def reads_of_the_whole_table():
 
 
 def test_claims_find_their_index_in_a_table_that_was_empty_when_they_were_planned(monkeypatch):
-    monkeypatch.setattr(prepared, "_LONGEST", 3600.0)  # however long the rows take
-    run_and_see(7)
+    monkeypatch.setattr(prepared, "_FIRST", 3600.0)  # however long the rows take
+    run_and_see(3)
     Task.objects.all().delete()
     Task.objects.bulk_create([Task(status=Status.finished(number, 1)) for number in range(20_000)], 5000)
     before = reads_of_the_whole_table()

@@ -10,7 +10,7 @@ from django.test.utils import CaptureQueriesContext
 
 import modelqueue
 from modelqueue import ONE_HOUR, Abort, Status, run, verbs
-from modelqueue.engines import Change, engine_for
+from modelqueue.engines import Change, engine_for, prepared
 from modelqueue.engines.examinations import examination_for
 from modelqueue.outcomes import Policy
 from modelqueue.report import figures_of
@@ -18,7 +18,7 @@ from modelqueue.source import Source
 from tests.actions import LONG_AGO, MILLISECOND, raising, stored, succeed, unexpected
 from tests.testapp.models import Archive, Job, PrintJob, Task
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("unprepared")]
 
 HISTORY = 100_000
 #: The fields of the model with that history: each kind of index is there.
@@ -344,7 +344,8 @@ def test_no_statement_of_a_worker_reads_the_whole_table(queue, engine, vendor):
 
 
 @pytest.mark.vendor("postgresql")
-def test_plan_that_is_made_before_the_time_is_known_uses_the_index(queue, settings):
+def test_plan_that_is_made_before_the_time_is_known_uses_the_index(queue, settings, monkeypatch):
+    monkeypatch.setattr(prepared, "_WORTH_IT", 1)
     settings.MODELQUEUE = {"ENGINE": "auto"}
     model, field = queue
     fill(model, field, [Status.waiting(modelqueue.now() + ONE_HOUR) for _ in range(OPEN)])
@@ -352,9 +353,9 @@ def test_plan_that_is_made_before_the_time_is_known_uses_the_index(queue, settin
     with connection.cursor() as cursor:
         cursor.execute("SET plan_cache_mode = force_generic_plan")
     try:
-        *_, prepared = sent(lambda: [verbs.claim(source, 7) for _ in range(10)])
-        assert verb(prepared) == "EXECUTE"
-        assert_reads_range(prepared, model, field)
+        *_, execute = sent(lambda: [verbs.claim(source, 7) for _ in range(10)])
+        assert verb(execute) == "EXECUTE"
+        assert_reads_range(execute, model, field)
     finally:
         with connection.cursor() as cursor:
             cursor.execute("RESET plan_cache_mode")

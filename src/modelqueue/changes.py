@@ -38,19 +38,6 @@ class Snapshot:
     transaction in which it did so is rolled back.
     """
 
-    __slots__ = (
-        "_instance",
-        "_layers",
-        "_lease",
-        "_pk",
-        "_related",
-        "_standing",
-        "_status",
-        "_status_read",
-        "_undone",
-        "_using",
-    )
-
     def __init__(self, instance: models.Model, source: Source[Any], lease: Status) -> None:
         self._instance = instance
         self._using = source.using

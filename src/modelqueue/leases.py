@@ -270,6 +270,7 @@ class Keeper:
         """Do so for attempts of one source."""
         key = (source.owner, source.field, source.using, seconds)
         with self._changed:
+            self._see_to_thread()  # which fails where the system gives no more, so before there are leases
             group = self._groups.get(key)
             if group is None:
                 group = self._groups[key] = _Group(source, seconds)

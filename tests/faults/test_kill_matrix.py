@@ -22,6 +22,8 @@ from tests.worker.workers import is_gone
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
+#: When the actions have ended.
+ENDED = ("writing", "written")
 VICTIMS = ("process", "supervisor", "fork server", "group")
 IDLE = "idle"
 #: Where a living supervisor makes it quick, seconds until a task can run again; beyond the lease, else.
@@ -49,6 +51,8 @@ def test_kill(victim, moment, workers, tmp_path):
     killed = time.monotonic()
     if moment == IDLE:
         tasks = make("", "", "")
+    if moment in ENDED:
+        tasks += make("")
     other = workers.start("--threads", 2) if victim in ("supervisor", "group") else worker
     if victim in ("supervisor", "fork server") and moment != IDLE:  # its processes end what they have in hand
         if moment == "acting":  # whose lease is renewed: so others have time for what they must not do
@@ -112,13 +116,17 @@ def idle(workers):
 
 
 def met(workers, folder, moment, *titles, options=()):
-    """A worker that stands still, its process, which has two tasks in hand, and these and one that waits."""
+    """A worker that stands still, its process, which has two tasks in hand, and these and one that waits.
+
+    Where the actions of the two have ended the one would have a slot of theirs, so there it is to come later.
+    """
     halt = Halt(folder, moment)
-    tasks = make(*(titles or ("", "")), "")
+    waiting = [] if moment in ENDED else [""]
+    tasks = make(*(titles or ("", "")), *waiting)
     worker = workers.start("--threads", 2, *options, variables=halt.variables)
     process = halt.wait()
     if moment not in ("claimed", "told"):
-        wait_until(lambda: runs_of(tasks) == [0, 1, 1])
+        wait_until(lambda: runs_of(tasks) == [0] * len(waiting) + [1, 1])
     return worker, process, tasks, halt
 
 

@@ -49,6 +49,7 @@ def look(found):
     return make
 
 
+@pytest.mark.usefixtures("unprepared")
 def test_abandoned_tasks_of_all_queues_are_found_by_one_statement_and_due_ones_by_two(look, found):
     Errand.objects.create(status=Status.created(1), review_status=Status.working(5))
     one = look(do_errand, review)

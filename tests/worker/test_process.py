@@ -1111,6 +1111,53 @@ def test_task_that_can_not_be_begun_is_given_back(start, monkeypatch, caplog):
     wait_until(lambda: stored(errand).state == State.finished)
 
 
+@pytest.mark.db_feature("has_select_for_update_skip_locked")
+def test_atomic_task_that_is_given_back_holds_up_no_other_while_its_row_is_locked(
+    start, declare, monkeypatch
+):
+    def submit_next(self, some):
+        if is_claimed.is_set():
+            return submit(self, some)
+        is_claimed.set()
+        assert is_locked.wait(30)
+        raise RuntimeError("can't start new thread")
+
+    submit, is_claimed, is_locked = threads.Threads.submit, threading.Event(), threading.Event()
+    monkeypatch.setattr(threads.Threads, "submit", submit_next)
+    declare(Task, "status", name="atomic", atomic=True)(succeed)
+    task, bystander = Task.objects.create(), connections["default"].copy()
+    process = start("atomic", "testapp.do_errand")
+    assert is_claimed.wait(30)
+    try:
+        with bystander.cursor() as cursor:
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT * FROM testapp_task FOR UPDATE")
+        is_locked.set()
+        errand = make(status=Status.waiting(5))
+        process.pipe.send(("due", ["testapp.do_errand"]))
+        wait_until(lambda: stored(errand).state == State.finished)
+        assert stored(task).state == State.working
+    finally:
+        bystander.close()
+    wait_until(lambda: process.pipe.send(("due", ["atomic"])) or stored(task).state == State.finished)
+
+
+def test_threads_that_are_there_run_what_a_missing_one_can_not(start, declare, monkeypatch, caplog):
+    def start_one_only(self):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start_thread(self)
+
+    started, start_thread = [], threads._Thread.start
+    monkeypatch.setattr(threads._Thread, "start", start_one_only)
+    declare(Task, "status", name="tasks")(succeed)
+    Task.objects.bulk_create([Task() for _ in range(5)])
+    process = start("tasks", threads=2)
+    wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended() == {"finish": 5})
+    assert caplog.text.count("so 1 of 2 run the tasks") == 1
+
+
 def test_task_that_can_be_neither_begun_nor_given_back_is_left_to_the_supervisor(start, monkeypatch):
     """It has no lease that is renewed, which must hinder neither the next try nor the end of the process."""
 
@@ -2015,18 +2062,21 @@ def ended(declare):
     return one, ended
 
 
+@pytest.mark.parametrize("is_failed", [True, False])
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_two_attempts_on_one_row_that_end_together_one_has_lost_it(ended, first):
+def test_of_two_attempts_on_one_row_that_end_together_the_older_one_has_lost_it(ended, first, is_failed):
     task = Task.objects.create(status=Status.waiting(0))
     one, make_ended = ended
     both = make_ended()
     wait_until(lambda: Status.working(now()) > stored(task))
     Task.objects.update(status=Status.waiting(0))
     both += make_ended()
-    both[0].error = ValueError("no")
+    both[0].error = ValueError("no") if is_failed else None
     with heard("task_finished", "lease_lost") as events:
         one._settle_together([both[first], both[1 - first]])
     assert Counter(name for name, _ in events) == {"task_finished": 1, "lease_lost": 1}
+    (lost,) = [event for name, event in events if name == "lease_lost"]
+    assert lost["lease"] == both[0].running.attempt.lease
     assert stored(task).state == State.finished
 
 

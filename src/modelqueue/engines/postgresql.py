@@ -54,7 +54,7 @@ from modelqueue.engines.statements import (
     is_plain,
     is_same_each_time,
     key_names,
-    made_once,
+    made_before,
     once,
     params_of,
     select_keys,
@@ -143,7 +143,7 @@ class PostgreSQLEngine(Engine):
         """Claim tasks that are rows of one table: the statement returns all there is of them."""
         moment, names, is_same = clock(), source.names_set, is_same_each_time(source)
         make = partial(self._compile_claim, source, limit)
-        compiled = made_once(source, ("claim", limit, *names), make) if is_same else make()
+        compiled = made_before(self.connection, source, ("claim", limit, *names), make) if is_same else make()
         columns, values_set = compiled.columns, params_of(source.sets.items(), self.connection)
         params = (
             *within(compiled.params, source.any_due(moment)),

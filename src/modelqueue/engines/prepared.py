@@ -25,9 +25,10 @@ from modelqueue import conf
 __all__ = ["execute", "sqlstate"]
 
 #: How often a session sends a statement before it is worth to be prepared.
-_WORTH_IT = 5
-#: Seconds after which a plan is made anew: it may have been made for a table that was empty then.
-_LONGEST = 10.0
+_WORTH_IT = 1
+#: Seconds after which a plan is made anew, as it may have been made for a table that was empty then: the
+#: first one, and at most, as each next one lasts twice as long. (After ANALYZE the server does so by itself.)
+_FIRST, _LONGEST = 10.0, 600.0
 #: Statements of a session that are remembered: some may have ever new texts, which would fill the memory.
 _MOST = 200
 
@@ -43,6 +44,7 @@ class _Use:
     def __init__(self) -> None:
         self.times = 0
         self.since: float | None = None
+        self.lasts = _FIRST
         self.is_impossible = False
 
     @property
@@ -51,7 +53,7 @@ class _Use:
 
 
 def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, params: Sequence[Any]) -> None:
-    """Execute a statement, prepared if this session has sent it several times.
+    """Execute a statement, prepared if this session has sent it before.
 
     The types of all parameters have to be clear from the statement. Inside a transaction it is sent as it
     is, since an error would end that.
@@ -67,9 +69,9 @@ def execute(connection: BaseDatabaseWrapper, cursor: CursorWrapper, sql: str, pa
         return
     name = _name(sql)
     try:
-        if use.since is not None and time.monotonic() - use.since > _LONGEST:
+        if use.since is not None and time.monotonic() - use.since > use.lasts:
             _forget(cursor, name)
-            use.since = None
+            use.since, use.lasts = None, min(2 * use.lasts, _LONGEST)
         if use.since is None:
             _prepare(cursor, name, sql, params)
             use.since = time.monotonic()

@@ -216,10 +216,16 @@ def is_same_each_time(source: Source[Any]) -> bool:
 
 def made_once(source: Source[Any], key: tuple[object, ...], make: Callable[[], T]) -> T:
     """Return what was made of the rows of a source before, where these are known to be the same."""
-    if not is_same_each_time(source):
-        return make()
+    return made_before(connections[source.using], source, key, make) if is_same_each_time(source) else make()
+
+
+def made_before(
+    connection: BaseDatabaseWrapper, source: Source[Any], key: tuple[object, ...], make: Callable[[], T]
+) -> T:
+    """Return what was made for this connection of the rows of a source that are the same each time."""
     rows: object = source.model if source.fixed is None else source.fixed
-    return once(connections[source.using], (*key, rows, source.field, source.below), make)
+    # The number of the field, as Django makes a hash of more, which takes longer than all else here.
+    return once(connection, (*key, rows, id(source.field), source.below), make)
 
 
 def within(params: tuple[Any, ...], question: Question) -> tuple[Any, ...]:

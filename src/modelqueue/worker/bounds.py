@@ -108,6 +108,8 @@ class Sweeps:
     def __init__(self) -> None:
         self._whole: deque[_Cost] = deque(maxlen=_KEPT)
         self._bounded: deque[_Cost] = deque(maxlen=_KEPT)
+        #: What it costs to read all; nothing, before that was measured often enough.
+        self._least = 0.0
         self._swept_at = self._bounded_at = -math.inf
 
     def is_due(self, now: float, was_idle: bool = False) -> bool:
@@ -117,9 +119,10 @@ class Sweeps:
             was_idle: the last one has found less than it could take. Then all is read as soon as that takes
                 little of the time.
         """
-        least = self._least
-        pause = min(_REST * least, _LONGEST)
-        if now >= self._swept_at + (pause if was_idle else max(pause, _PERIOD)) or least < _WORTH_IT:
+        if self._least < _WORTH_IT:
+            return True
+        pause = min(_REST * self._least, _LONGEST)
+        if now >= self._swept_at + (pause if was_idle else max(pause, _PERIOD)):
             return True
         # What a bound would save is only known by trying.
         return not self.pays and now < self._bounded_at + _TRIAL
@@ -132,16 +135,13 @@ class Sweeps:
             for whole in self._whole
         )
 
-    @property
-    def _least(self) -> float:
-        """What it costs to read all; nothing, before that was measured often enough."""
-        return min(one.seconds for one in self._whole) if len(self._whole) == _KEPT else 0.0
-
     def note(self, was_whole: bool, now: float, seconds: float, tasks: int = 0) -> None:
         """One has just ended: it has taken so long, and has found so many."""
         cost = _Cost(seconds, tasks)
         if was_whole:
             self._whole.append(cost)
+            if len(self._whole) == _KEPT:
+                self._least = min(one.seconds for one in self._whole)
             self._swept_at = now
         else:
             self._bounded.append(cost)

@@ -102,7 +102,10 @@ class Claimer:
                 return
             self._troubles.ended(lane.queue)
             self._slots.claimed(turn, len(claims), time.monotonic() - began)
-            added = self._register.add(lane, [lane.queue.attempt(claim, source, engine) for claim in claims])
+            attempts = [lane.queue.attempt(claim, source, engine) for claim in claims]
+            for attempt in attempts:
+                attempt.waits = False  # others wait for who completes them
+            added = self._register.add(lane, attempts)
         if added:
             self._or_give_back(added, partial(self._begin, lane))
 
@@ -129,7 +132,6 @@ class Claimer:
             added, keeper_for(source.using).hold_all(source, kept, seconds), strict=True
         ):
             running.attempt.renewal = lease
-            running.attempt.waits = lane.queue.atomic  # in its thread, where nobody waits for it
         again = [running for running in added if running.attempt.claim.lease.attempts > 0]
         for running in again:
             # It may be what killed its process. Then what has ended here before is not to be charged, too.

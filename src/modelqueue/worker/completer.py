@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import connections
 from django.db.utils import Error, OperationalError
@@ -68,6 +68,14 @@ class _Ended:
         return time.monotonic() - self.refused_since > _LONGEST_REFUSAL
 
 
+class _Prepared(NamedTuple):
+    """An outcome that is to be written together with others."""
+
+    ended: _Ended
+    outcome: Outcome
+    change: Change
+
+
 class Completer:
     """
     Args:
@@ -104,7 +112,14 @@ class Completer:
         """Have a connection from now on: once the actions run, the server may have none left to give."""
         if using not in self._reserved:
             self._reserved.add(using)
-            self._ended.put(partial(_connect, using))
+            self._ended.put(partial(self._connect, using))
+
+    def _connect(self, using: str) -> None:
+        try:
+            connections[using].ensure_connection()
+        except Exception as error:  # who has an outcome to write tells
+            logger.debug("The database %r gives no connection to write outcomes: %s", using, error)
+            self._reserved.discard(using)
 
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
@@ -172,29 +187,48 @@ class Completer:
         if len(all_ended) == 1:
             self._settle(*all_ended)
             return
-        prepared = defaultdict[Any, dict[Any, tuple[_Ended, Outcome, Change]]](dict)
-        able = [ended for ended in all_ended if self._may_be_of_status_alone(ended)]
-        renewals = [ended.running.attempt.renewal for ended in able]
-        Lease.end_all(renewal for renewal in renewals if isinstance(renewal, Lease))
-        successes = Successes(now())
-        for ended in able:
-            attempt, source = ended.running.attempt, ended.running.attempt.source
-            try:
-                found = attempt.prepare(ended.error, successes)
-            except BaseException:  # noqa: S112  which comes up again when it is settled by itself
-                continue
-            if found is not None:
-                group = prepared[source.using, source.owner, source.field]
-                # Of two attempts on a row one has lost it, and its key does not say which.
-                group.setdefault(found[1].key, (ended, *found))
+        able = defaultdict[Any, list[_Ended]](list)
+        for ended in all_ended:
+            if self._may_be_of_status_alone(ended):
+                source = ended.running.attempt.source
+                able[source.using, source.owner, source.field].append(ended)
         written = set[_Ended]()
-        for group in prepared.values():
-            written |= self._write_together(list(group.values()))
+        # One after the other: what ends the renewals of a second database may have to wait for that.
+        for some in able.values():
+            prepared, overtaken = self._prepare(some)
+            for ended in overtaken:
+                self._settle(ended)
+            written |= {*overtaken, *self._write_together(prepared)}
         left = [ended for ended in all_ended if ended not in written]
         for ended in left[1:]:
             ended.running.attempt.resume_renewal()  # those before it may take longer than its lease
         for ended in left:
             self._settle(ended)
+
+    def _prepare(self, some: list[_Ended]) -> tuple[list[_Prepared], list[_Ended]]:
+        """Decide on outcomes of one source; return those to write together, and those that come too late.
+
+        Of two attempts on a row the one with the older lease has lost it. It is to be settled first, or it
+        would take for its own what the other one writes.
+        """
+        renewals = [ended.running.attempt.renewal for ended in some]
+        Lease.end_all(renewal for renewal in renewals if isinstance(renewal, Lease))
+        successes = Successes(now())
+        prepared: dict[Any, _Prepared] = {}
+        overtaken: list[_Ended] = []
+        for ended in some:
+            try:
+                found = ended.running.attempt.prepare(ended.error, successes)
+            except BaseException:  # noqa: S112  which comes up again when it is settled by itself
+                continue
+            if found is None:
+                continue
+            one = _Prepared(ended, *found)
+            if (other := prepared.get(one.change.key)) is not None:
+                older, one = sorted([one, other], key=lambda each: each.ended.running.attempt.lease)
+                overtaken.append(older.ended)
+            prepared[one.change.key] = one
+        return list(prepared.values()), overtaken
 
     def _may_be_of_status_alone(self, ended: _Ended) -> bool:
         attempt, using = ended.running.attempt, ended.running.attempt.source.using
@@ -210,8 +244,10 @@ class Completer:
         except BaseException:  # as below
             return False
 
-    def _write_together(self, group: list[tuple[_Ended, Outcome, Change]]) -> set[_Ended]:
-        attempt = group[0][0].running.attempt
+    def _write_together(self, group: list[_Prepared]) -> set[_Ended]:
+        if not group:
+            return set()
+        attempt = group[0].ended.running.attempt
         source, engine = attempt.source, attempt.engine
         try:
             keys = engine.set_statuses(source, [change for _, _, change in group])
@@ -259,6 +295,7 @@ class Completer:
             self._put_off(ended, error, _LONGEST_PAUSE_OF_LOCKED)
         elif isinstance(error, Error) and attempt.engine.meets_everybody(error):
             ended.refused_since = None
+            self._reserved.discard(attempt.source.using)
             self._waits_for[attempt.source.using] = ended
             self._put_off(ended, error, _LONGEST_PAUSE)
         elif isinstance(error, Error) and (attempt.engine.is_full(error) or not ended.is_refused_for_long()):
@@ -308,10 +345,3 @@ class Completer:
                 running.lane.queue.name,
                 *found,
             )
-
-
-def _connect(using: str) -> None:
-    try:
-        connections[using].ensure_connection()
-    except Exception as error:  # who has an outcome to write tells
-        logger.debug("The database %r gives no connection to write outcomes: %s", using, error)

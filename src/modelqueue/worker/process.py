@@ -40,8 +40,8 @@ __all__ = ["main"]
 
 logger = logging.getLogger("modelqueue")
 
-#: The thresholds of the garbage collector: Python's own are 700, 10 and 10.
-_COLLECT = 5_000, 10, 10
+#: The thresholds of Python's garbage collector, and what is set for the first of them.
+_PYTHONS, _COLLECT = gc.get_threshold(), 5_000
 #: Seconds between two reports to the supervisor.
 _TICK = 0.1
 #: Seconds after the grace time for all of it: for the last claim to come back, interrupted actions to end,
@@ -64,7 +64,8 @@ def main(options: Options, pipe: Connection[Any, Any], board: Board, bell: Bell)
     # What is loaded by now lives as long as the process: the collector need not look at it again and again,
     # nor so often when hundreds of tasks are claimed at a time.
     gc.freeze()
-    gc.set_threshold(*_COLLECT)
+    if gc.get_threshold() == _PYTHONS:  # and not that of the project
+        gc.set_threshold(max(_COLLECT, _PYTHONS[0]))
     Process(options, pipe, board, bell).run()
     end_without_fail(_ONE_MOMENT)
 

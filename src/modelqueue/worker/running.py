@@ -149,6 +149,9 @@ class Register:
         for running, _ in ended:
             if running.place is not None:
                 self._board.free(running.place)
+            # The lease knows its attempt: without this the task, and all that it holds open, would live until
+            # the garbage collector comes by.
+            running.attempt.renewal = None
         with self._changed:
             self._running.difference_update(running for running, _ in ended)
             self._ended.update(how for _, how in ended)

@@ -32,6 +32,8 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds without a task after which a thread looks which of its connections are to be closed.
 _IDLE = 1.0
+#: Seconds between two warnings that a thread is missing.
+_WARN_INTERVAL = 60.0
 #: Seconds that a task waits for a thread at most.
 _LONGEST_WAIT = 1.0
 
@@ -48,6 +50,7 @@ class Threads:
         self._idle = 0
         self._threads: list[_Thread] = []
         self._is_interrupted = False
+        self._warn_from = 0.0
 
     def submit(self, some: list[Running]) -> None:
         """Run the actions of claimed tasks, or do so soon, when those that run have ended."""
@@ -72,7 +75,10 @@ class Threads:
             except RuntimeError as error:  # the system gives no more
                 if not self._threads:
                     raise
-                logger.debug("A thread can not be started, the others run its tasks: %s", error)
+                if time.monotonic() >= self._warn_from:
+                    self._warn_from = time.monotonic() + _WARN_INTERVAL
+                    text = "The system gives no more threads, so %d of %d run the tasks: %s"
+                    logger.warning(text, len(self._threads), self._most, error)
                 return
             self._threads.append(thread)
             self._idle += 1
@@ -125,6 +131,7 @@ class Threads:
                 self._completer.put(running, Interrupted())
             elif isinstance(attempt, AtomicAttempt):
                 self._register.begin(running)
+                attempt.waits = True  # as nobody waits for this thread
                 outcome = attempt.process(guard)
                 self._finish(running, outcome.ending)
             elif attempt.task is None:
