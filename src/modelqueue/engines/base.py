@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -62,6 +63,8 @@ _FIRST_PAGE = 20
 _LONGEST_PAGE = 2000
 #: Keys in one statement: some builds of SQLite take 999 parameters.
 MOST_KEYS = 400
+#: Different statuses that are written by a statement each.
+_FEW = 4
 #: Other rows of which one has to load before a row is held responsible for not loading.
 _WITNESSES = 10
 
@@ -119,7 +122,7 @@ class Engine(Session):
         claims: list[Claim[M]] = []
         refused: dict[Any, Error] = {}
         try:
-            for page in self._pages(source, partial(source.due, clock())):
+            for page in self._pages(source, partial(source.due, clock()), limit):
                 # First as many as are wanted, since the head of the queue is what should run; where that
                 # is taken, ever more at once, since somebody may hold very many rows.
                 size = limit
@@ -161,9 +164,28 @@ class Engine(Session):
             while free and len(claims) < limit:  # again, as a trigger may leave rows as they are
                 rows, free = free[: limit - len(claims)], free[limit - len(claims) :]
                 tasks = self._load(source, rows)
-                made = [self._claim_row(source, row, tasks.get(row.pk), clock) for row in rows]
-                claims += [claim for claim in made if claim is not None]
+                # Those that were edited since they were picked are no longer the caller's.
+                found = [(row, tasks[row.pk]) for row in rows if row.pk in tasks]
+                if len(found) > 1 and _can_be_set_together(source):
+                    claims += self._claim_rows(source, found, clock)
+                else:
+                    made = [self._claim_row(source, row, loaded, clock) for row, loaded in found]
+                    claims += [claim for claim in made if claim is not None]
             return claims
+
+    def _claim_rows(
+        self, source: Source[M], found: Sequence[tuple[Candidate, M | Exception]], clock: Clock
+    ) -> list[Claim[M]]:
+        """Claim locked rows by one statement; raises `Overtaken` where a trigger leaves some as they are."""
+        # Now, and later than any time before it, as for one row.
+        since = [priority_to_datetime(row.status.priority) for row, _ in found]
+        moment = max([clock(), *(one for one in since if one is not None)])
+        rows = iter([row for row, _ in found])
+        while part := list(islice(rows, MOST_KEYS)):
+            self._set_leases(source, part, lease_at(moment))
+        return [
+            _claim_of(source, row, lease_at(moment, row.status.attempts), loaded) for row, loaded in found
+        ]
 
     def _claim_one_by_one(
         self,
@@ -214,11 +236,7 @@ class Engine(Session):
         lease = lease_at(moment, row.status.attempts)
         if not self.compare_and_set(source, row, [row.status], lease, others=source.sets):
             return None
-        if isinstance(loaded, Exception):
-            return Claim(row, lease, None, loaded)
-        set_loaded(loaded, source.field, lease)
-        show(loaded, source.sets)
-        return Claim(row, lease, loaded)
+        return _claim_of(source, row, lease, loaded)
 
     # Renewal
 
@@ -408,17 +426,22 @@ class Engine(Session):
         quote, meta = self.connection.ops.quote_name, source.owner._meta
         table, key, status = map(quote, (meta.db_table, str(meta.pk.column), str(source.field.column)))
         keys = params_of([(meta.pk, change.key) for change in changes], self.connection)
-        cases = " ".join(["WHEN %s THEN %s"] * len(changes))
-        sql = (
-            f"UPDATE {table} SET {status} = CASE {key} {cases} END "  # noqa: S608
-            f"WHERE {key} IN ({placeholders(keys)})"
-        )
-        pairs = [
-            value
-            for key_value, change in zip(keys, changes, strict=True)
-            for value in (key_value, int(change.new))
-        ]
+        by_new = defaultdict[int, list[Any]](list)
+        for key_value, change in zip(keys, changes, strict=True):
+            by_new[int(change.new)].append(key_value)
         with self.connection.cursor() as cursor:
+            if len(by_new) <= _FEW:  # nearly always: successes of one moment are alike
+                for new, some in by_new.items():
+                    sql = f"UPDATE {table} SET {status} = %s WHERE {key} IN ({placeholders(some)})"  # noqa: S608
+                    cursor.execute(sql, (new, *some))
+                return
+            # Of each row the cases are tried one after the other.
+            cases = " ".join(["WHEN %s THEN %s"] * len(changes))
+            sql = (
+                f"UPDATE {table} SET {status} = CASE {key} {cases} END "  # noqa: S608
+                f"WHERE {key} IN ({placeholders(keys)})"
+            )
+            pairs = [value for new, some in by_new.items() for one in some for value in (one, new)]
             cursor.execute(sql, (*pairs, *keys))
 
     def _set_leases(self, source: Source[Any], rows: Collection[Candidate], lease: Status) -> None:
@@ -460,16 +483,17 @@ class Engine(Session):
     # The steps of a claim and of a recovery
 
     def _pages(
-        self, source: Source[M], rows_from: Callable[[int | None], models.QuerySet[M]]
+        self, source: Source[M], rows_from: Callable[[int | None], models.QuerySet[M]], wanted: int = 1
     ) -> Iterator[list[Candidate]]:
         """Pick: read candidates in their order, without a lock, a few first and then more at a time.
 
         Args:
             rows_from: gives the rows from a status on. (The bound is replaced from page to page, not
                 added to: SQLite seeks to the first of two, and would read each page from the head.)
+            wanted: as many are on the first page at least.
         """
         name = source.field.name
-        size = _FIRST_PAGE
+        size = max(_FIRST_PAGE, wanted)
         page = self.patiently(partial(self._read_page, source, rows_from(None), size))
         while page:
             yield list(dict.fromkeys(page))  # a join repeats rows
@@ -692,3 +716,17 @@ class Engine(Session):
 def _puts_sql_around_values(field: models.Field[Any, Any]) -> bool:
     """Say whether a field does, to encrypt them for example; from Django 6.1 under another name."""
     return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
+
+
+def _can_be_set_together(source: Source[Any]) -> bool:
+    """Say whether the statuses, and what a claim sets, are written as they are, of rows with one key each."""
+    is_plain = not any(map(_puts_sql_around_values, [source.field, *source.sets]))
+    return is_plain and not has_composite_key(source.owner)
+
+
+def _claim_of(source: Source[M], row: Candidate, lease: Status, loaded: M | Exception) -> Claim[M]:
+    if isinstance(loaded, Exception):
+        return Claim(row, lease, None, loaded)
+    set_loaded(loaded, source.field, lease)
+    show(loaded, source.sets)
+    return Claim(row, lease, loaded)
