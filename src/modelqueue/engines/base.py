@@ -450,9 +450,10 @@ class Engine(Session):
         table, key, status = map(quote, (meta.db_table, str(meta.pk.column), str(source.field.column)))
         statuses = {row.status for row in rows}
         others = "".join([f", {quote(str(field.column))} = %s" for field in source.sets])
+        # By their keys: `+ 0` hides the status from its index, where others hold rows with the same one.
         sql = (
             f"UPDATE {table} SET {status} = %s + {status} %% 10{others} "  # noqa: S608
-            f"WHERE {key} IN ({placeholders(rows)}) AND {status} IN ({placeholders(statuses)})"
+            f"WHERE {key} IN ({placeholders(rows)}) AND {status} + 0 IN ({placeholders(statuses)})"
         )
         keys = params_of([(meta.pk, row.key) for row in rows], self.connection)
         values = params_of(source.sets.items(), self.connection)
