@@ -293,8 +293,8 @@ def test_no_more_are_claimed_than_were_asked_for_where_some_are_taken(monkeypatc
 @pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize("is_away", [True, False])
 def test_what_is_claimed_is_returned_also_when_more_candidates_can_not_be_read(is_away, monkeypatch, caplog):
-    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(25)])
-    read, pages = Engine._read_page, []
+    tasks = Task.objects.bulk_create([Task(status=Status.waiting(number)) for number in range(35)])
+    read, pages, lock = Engine._read_page, [], Engine._lock
 
     def read_once(self, *arguments):
         pages.append(arguments)
@@ -303,8 +303,9 @@ def test_what_is_claimed_is_returned_also_when_more_candidates_can_not_be_read(i
         return read(self, *arguments)
 
     monkeypatch.setattr(Engine, "_read_page", read_once)
+    monkeypatch.setattr(Engine, "_lock", lambda *arguments: lock(*arguments)[5:])  # others have the first
     monkeypatch.setattr(Engine, "is_of_the_database_itself", lambda self, error: is_away)
-    assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 25)] == tasks[:20]
+    assert [claim.task for claim in verbs.claim(Source.of(Task.objects, "status"), 25)] == tasks[5:25]
     assert "testapp.Task: fewer are claimed: the disk is full" in caplog.text
     assert ("Traceback" in caplog.text) != is_away
 
