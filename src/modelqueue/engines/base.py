@@ -161,7 +161,7 @@ class Engine(Session):
     ) -> list[Claim[M]]:
         with self.transaction():
             free, claims = self._lock(source, candidates), list[Claim[M]]()
-            while free and len(claims) < limit:  # again, as a trigger may leave rows as they are
+            while free and len(claims) < limit:  # again, as some may be the caller's no more
                 rows, free = free[: limit - len(claims)], free[limit - len(claims) :]
                 tasks = self._load(source, rows)
                 # Those that were edited since they were picked are no longer the caller's.
@@ -491,10 +491,10 @@ class Engine(Session):
         Args:
             rows_from: gives the rows from a status on. (The bound is replaced from page to page, not
                 added to: SQLite seeks to the first of two, and would read each page from the head.)
-            wanted: as many are on the first page at least.
+            wanted: as many are on the first page at least, if one can have as many.
         """
         name = source.field.name
-        size = max(_FIRST_PAGE, wanted)
+        size = min(max(_FIRST_PAGE, wanted), _LONGEST_PAGE)
         page = self.patiently(partial(self._read_page, source, rows_from(None), size))
         while page:
             yield list(dict.fromkeys(page))  # a join repeats rows

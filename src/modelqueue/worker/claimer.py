@@ -93,7 +93,6 @@ class Claimer:
             try:
                 source = lane.source()
                 keeper_for(source.using).reserve()
-                self._completer.reserve(source.using)
                 began = time.monotonic()
                 engine = self._engine_for(source.using)
                 claims = take(lane, source, turn.limit, engine)
@@ -101,6 +100,7 @@ class Claimer:
                 self._slots.failed(turn, self._troubles.begun(lane.queue, error))
                 return
             self._troubles.ended(lane.queue)
+            self._completer.reserve(source.using)  # not before: where nobody answers it would wait, too
             self._slots.claimed(turn, len(claims), time.monotonic() - began)
             attempts = [lane.queue.attempt(claim, source, engine) for claim in claims]
             for attempt in attempts:

@@ -123,8 +123,8 @@ class Completer:
 
     def put(self, running: Running, error: BaseException | None) -> None:
         """The action of a task has returned, or raised this error: record that."""
+        self._register.leave(running)  # before somebody can write its outcome, with which it ends
         self._ended.put(_Ended(running, error))
-        self._register.leave(running)
 
     def call_after_the_others(self, function: Callable[[], None]) -> None:
         """Call a function, in the thread of the completer, when what was put before is written or put off."""
@@ -196,9 +196,14 @@ class Completer:
         # One after the other: what ends the renewals of a second database may have to wait for that.
         for some in able.values():
             prepared, overtaken = self._prepare(some)
+            if not overtaken:
+                written |= self._write_together(prepared)
+                continue
+            for one in prepared:  # each by itself, as these may take longer than its lease
+                one.ended.running.attempt.resume_renewal()
             for ended in overtaken:
                 self._settle(ended)
-            written |= {*overtaken, *self._write_together(prepared)}
+            written.update(overtaken)
         left = [ended for ended in all_ended if ended not in written]
         for ended in left[1:]:
             ended.running.attempt.resume_renewal()  # those before it may take longer than its lease
@@ -208,8 +213,8 @@ class Completer:
     def _prepare(self, some: list[_Ended]) -> tuple[list[_Prepared], list[_Ended]]:
         """Decide on outcomes of one source; return those to write together, and those that come too late.
 
-        Of two attempts on a row the one with the older lease has lost it. It is to be settled first, or it
-        would take for its own what the other one writes.
+        Of two attempts on a row the older one has lost it. It is to be settled first, or it would take for
+        its own what the other one writes.
         """
         renewals = [ended.running.attempt.renewal for ended in some]
         Lease.end_all(renewal for renewal in renewals if isinstance(renewal, Lease))
@@ -225,7 +230,7 @@ class Completer:
                 continue
             one = _Prepared(ended, *found)
             if (other := prepared.get(one.change.key)) is not None:
-                older, one = sorted([one, other], key=lambda each: each.ended.running.attempt.lease)
+                older, one = sorted([one, other], key=lambda each: each.ended.running.number)
                 overtaken.append(older.ended)
             prepared[one.change.key] = one
         return list(prepared.values()), overtaken

@@ -183,6 +183,7 @@ class Register:
         deadline = time.monotonic() + seconds
         running = self.running()
         for one in running:
-            if one.attempt.renewal is not None:
-                one.attempt.renewal.end(max(0.0, deadline - time.monotonic()))
+            renewal = one.attempt.renewal  # which goes when the completer is done with it
+            if renewal is not None:
+                renewal.end(max(0.0, deadline - time.monotonic()))
         return bool(running)
