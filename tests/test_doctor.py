@@ -767,13 +767,14 @@ def test_session_that_sends_to_a_standby_is_not_to_be_ended(monkeypatch):
 @pytest.fixture
 def plain_user():
     """Be a user of PostgreSQL who may read and write the tables, and nothing else."""
-    execute("CREATE ROLE plain")
-    execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO plain")
-    execute("SET ROLE plain")
+    role = f"plain_{os.getpid()}"  # the server has others, of tests that run beside this one
+    execute(f"CREATE ROLE {role}")
+    execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+    execute(f"SET ROLE {role}")
     yield
     execute("RESET ROLE")
-    execute("DROP OWNED BY plain")
-    execute("DROP ROLE plain")
+    execute(f"DROP OWNED BY {role}")
+    execute(f"DROP ROLE {role}")
 
 
 @pytest.mark.vendor("postgresql")
