@@ -446,14 +446,14 @@ def test_index_whose_making_has_failed_is_a_warning(tasks, declare):
 def test_user_who_may_only_read_is_an_error(plain_user):
     assert "read-only" not in checks(NAME)
     execute("RESET ROLE")
-    execute("REVOKE UPDATE ON testapp_errand FROM plain")
-    execute("SET ROLE plain")
+    execute(f"REVOKE UPDATE ON testapp_errand FROM {plain_user}")
+    execute(f"SET ROLE {plain_user}")
     one = finding("read-only", NAME)
     assert (one["queue"], one["severity"]) == (NAME, "error")
-    assert one["finding"] == 'No task in "testapp_errand" can be written: the user plain may not.'
+    assert one["finding"] == f'No task in "testapp_errand" can be written: the user {plain_user} may not.'
     execute("RESET ROLE")
     execute(one["cure"])
-    execute("SET ROLE plain")
+    execute(f"SET ROLE {plain_user}")
     assert "read-only" not in checks(NAME)
 
 
@@ -771,7 +771,7 @@ def plain_user():
     execute(f"CREATE ROLE {role}")
     execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
     execute(f"SET ROLE {role}")
-    yield
+    yield role
     execute("RESET ROLE")
     execute(f"DROP OWNED BY {role}")
     execute(f"DROP ROLE {role}")
