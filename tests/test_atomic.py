@@ -1054,7 +1054,7 @@ def test_assigned_deferred_field_is_rolled_back_and_deferred_again(model):
     assert returned.pages == 1
 
 
-def test_deferred_field_that_was_read_is_not_written_after_the_rollback(bystander):
+def test_deferred_field_that_was_read_is_not_written_after_the_rollback(bystander, unprepared):
     """In between others can edit it."""
     paper = Paper.objects.create(pages=1)
 

@@ -388,7 +388,7 @@ def test_claim_and_recovery_do_not_save(monkeypatch):
     assert sorted(paper.status.attempts for paper in ShoutingPaper.objects.all()) == [1, 1]
 
 
-def test_plain_update_where_nobody_can_tell():
+def test_plain_update_where_nobody_can_tell(unprepared):
     Paper.objects.create()
     before = []
     with CaptureQueriesContext(connection) as queries:

@@ -43,7 +43,7 @@ def test_each_gets_a_status_of_its_own(model, set_statuses):
 
 
 @pytest.mark.vendor("postgresql")
-def test_each_change_is_met_by_its_own_row_alone():
+def test_each_change_is_met_by_its_own_row_alone(unprepared):
     """And not by all the others: of four hundred that took longer than all else of their tasks.
 
     Nor by all that have its status: when the table was looked at last each had one of its own.

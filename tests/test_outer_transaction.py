@@ -81,7 +81,7 @@ def test_block_that_the_action_never_left_is_rolled_back_and_the_attempt_failed(
     assert stored(task).attempts == 1
 
 
-def test_deferred_field_that_was_read_in_what_is_rolled_back_is_not_written():
+def test_deferred_field_that_was_read_in_what_is_rolled_back_is_not_written(unprepared):
     """In between others can edit it."""
     paper = Paper.objects.create(pages=1)
 
