@@ -120,7 +120,7 @@ class Sweeping:
 
 def test_what_appears_below_the_bounds_is_found_by_the_next_look_at_all_and_from_then_on(look, found):
     one = look(do_errand, review)
-    one._sweeps["default"] = sweeps = Sweeping(True, False, True, False)
+    one._questions.sweeps["default"] = sweeps = Sweeping(True, False, True, False)
     one._look()
     Errand.objects.create(status=Status.waiting(5), review_status=Status.working(5))
     for _ in range(3):
@@ -132,7 +132,7 @@ def test_what_appears_below_the_bounds_is_found_by_the_next_look_at_all_and_from
 
 def test_what_becomes_due_after_a_look_is_above_its_bounds(look, found):
     one = look(do_errand)
-    one._sweeps["default"] = Sweeping(True, False)
+    one._questions.sweeps["default"] = Sweeping(True, False)
     one._look()
     Errand.objects.create()
     one._look()
@@ -141,7 +141,7 @@ def test_what_becomes_due_after_a_look_is_above_its_bounds(look, found):
 
 def test_drain_looks_at_all_before_it_says_that_nothing_is_due(found):
     one = Prober([do_errand], 1.0, note_in(found), is_certain=True)
-    one._sweeps["default"] = Sweeping(True, False, False)
+    one._questions.sweeps["default"] = Sweeping(True, False, False)
     one._look()
     Errand.objects.create(status=Status.waiting(5))
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_drain_looks_at_all_before_it_says_that_nothing_is_due(found):
 def test_tasks_on_their_last_attempt_at_the_head_are_read_once_for_others(look, monkeypatch):
     """There may be very many of them, and none of them is for an ordinary process."""
     one, asked, engine = look(do_errand), [], type(engine_for("default"))
-    one._sweeps["default"] = Sweeping(True, False)
+    one._questions.sweeps["default"] = Sweeping(True, False)
     last, other = Errand.objects.create(status=Status.waiting(5, 2)), Errand.objects.create()
     one._look()
     probe = engine.probe
@@ -166,7 +166,7 @@ def test_tasks_on_their_last_attempt_at_the_head_are_read_once_for_others(look, 
 
 def test_first_task_on_its_last_attempt_is_no_bound_for_others(look, found):
     one = look(do_errand)
-    one._sweeps["default"] = Sweeping(True, False)
+    one._questions.sweeps["default"] = Sweeping(True, False)
     Errand.objects.create(status=Status.waiting(LONG_AGO))
     last = Errand.objects.create(status=Status.waiting(attempts=2))
     one._look()
@@ -179,7 +179,7 @@ def test_first_task_on_its_last_attempt_is_no_bound_for_others(look, found):
 def test_hint_is_followed_from_the_bounds_on_where_these_save_much(pays, look, monkeypatch):
     """It is of what has just been made due."""
     one = look(do_errand, review)
-    one._sweeps["default"] = Sweeping(True)
+    one._questions.sweeps["default"] = Sweeping(True)
     one._look()
     monkeypatch.setattr(Sweeping, "pays", pays)
     Errand.objects.create(status=Status.waiting(5), review_status=Status.waiting())

@@ -11,10 +11,8 @@ import logging
 import random
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from itertools import islice
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -25,9 +23,9 @@ from modelqueue import clock
 from modelqueue.engines import engine_for, full_since
 from modelqueue.fields import declared_on
 from modelqueue.queues import Queue
-from modelqueue.source import Question, Source
-from modelqueue.worker.bounds import Bounds, Sweeps
+from modelqueue.source import Source
 from modelqueue.worker.database_clock import INTERVAL, DatabaseClock
+from modelqueue.worker.questions import Asked, Questions, soon
 
 __all__ = ["Found", "Hinted", "Outage", "Prober", "Seen"]
 
@@ -47,8 +45,6 @@ _SLICE = 1.0
 _LONGEST_WITH_EXPIRED = 1.0
 #: Seconds between two looks for tasks on their last attempt, while others are due.
 _FOR_LAST_ATTEMPTS = 1.0
-#: How long it may take to put a question: what becomes due meanwhile is to be found, too.
-_TO_ASK = dt.timedelta(milliseconds=10)
 #: Seconds for which a queue is left out whose tasks can not be looked for.
 _LEFT_OUT = 5.0
 
@@ -75,8 +71,6 @@ class Seen(NamedTuple):
         self.expired.update(other.expired)
 
 
-#: Where to note the answer for a queue, if there is one.
-_Asked = tuple[dict[str, int], str, Question]
 #: Gets what was seen; None: not known.
 Found = Callable[["Seen | None"], None]
 #: Names of queues that perhaps have due tasks.
@@ -122,9 +116,7 @@ class Prober:
         self._expired: dict[str, int] = {}
         #: Has the last look found something due?
         self._is_busy = False
-        #: Where each question begins, and, by database, when to ask it of all rows.
-        self._bounds: defaultdict[object, Bounds] = defaultdict(Bounds)
-        self._sweeps: defaultdict[str, Sweeps] = defaultdict(Sweeps)
+        self._questions = Questions()
         #: Whether a queue has tasks on their last attempt, and when to look for these again.
         self._has_last: dict[str, bool] = {}
         self._look_for_last_at: dict[str, float] = {}
@@ -219,13 +211,8 @@ class Prober:
         """Return the names of those that have due tasks; that of a single one, as a claim asks, too."""
         if len(queues) < 2:
             return [queue.name for queue in queues]
-        moment, due = clock.now() + _TO_ASK, list[str]()
-        for using, some in self._by_database(queues).items():
-            found: dict[str, int] = {}
-            asked = [(found, queue.name, queue.shared().any_due(moment)) for queue in some]
-            self._answer(using, asked, is_whole=not self._sweeps[using].pays, is_usual=True)
-            due += found
-        return due
+        by_database = self._by_database(queues).items()
+        return [name for using, some in by_database for name in self._questions.perhaps_due(using, some)]
 
     def _look(self, waited: float = 0.0) -> None:
         """Look at each database, and pass on what was found.
@@ -267,7 +254,7 @@ class Prober:
 
     def _look_sometimes_at_all(self, using: str, queues: list[Queue[Any]]) -> Seen:
         """Look from the bounds on, unless it is time to look at all there is."""
-        sweeps, began = self._sweeps[using], time.monotonic()
+        sweeps, began = self._questions.sweeps[using], time.monotonic()
         is_whole = sweeps.is_due(began)
         found = self._look_at(using, queues, is_whole)
         now = time.monotonic()
@@ -366,31 +353,31 @@ class Prober:
 
     def _probe(self, using: str, queues: list[Queue[Any]], is_whole: bool) -> Seen:
         moment, due, some, expired = clock.now(), dict[str, int](), dict[str, int](), dict[str, int]()
-        soon = moment + _TO_ASK
+        until = soon(moment)
         sources = {queue.name: queue.source() for queue in queues}
-        questions: list[_Asked] = []
+        questions: list[Asked] = []
         for queue in queues:
             name, source, cutoff = queue.name, sources[queue.name], queue.recovery().cutoff(moment)
-            questions.append((some if queue.has_last_attempts else due, name, source.any_due(soon)))
+            questions.append((some if queue.has_last_attempts else due, name, source.any_due(until)))
             if cutoff is not None:
                 questions.append((expired, name, source.any_expired(cutoff)))
-        self._answer(using, questions, is_whole, is_usual=True)
+        self._questions.answer(using, questions, is_whole, is_usual=True)
         for name in sources:
             self._left_out.pop(name, None)
         for queue in queues:
             if queue.has_last_attempts and queue.name not in some:  # nor any of those that others may run
-                question = queue.shared(sources[queue.name]).any_due(soon)
-                self._bounds_of(queue.name, question).note([question.last])
+                question = queue.shared(sources[queue.name]).any_due(until)
+                self._questions.bounds_of(queue.name, question).note([question.last])
         # Which of them are to run alone is asked only where there are some: mostly there are none.
         alone: list[str] = []
         if mixed := {queue: sources[queue.name] for queue in queues if queue.name in some}:
-            shared = [(due, one.name, one.shared(source).any_due(soon)) for one, source in mixed.items()]
-            self._answer(using, shared, is_whole)
-            alone = self._with_last_attempts(using, mixed, due, soon)
+            shared = [(due, one.name, one.shared(source).any_due(until)) for one, source in mixed.items()]
+            self._questions.answer(using, shared, is_whole)
+            alone = self._with_last_attempts(using, mixed, due, until)
         return Seen(list(due), alone, expired)
 
     def _with_last_attempts(
-        self, using: str, sources: dict[Queue[Any], Source[Any]], due: Collection[str], soon: dt.datetime
+        self, using: str, sources: dict[Queue[Any], Source[Any]], due: Collection[str], until: dt.datetime
     ) -> list[str]:
         """Return the names of those that have tasks on their last attempt, among the first that are due.
 
@@ -403,37 +390,17 @@ class Prober:
             if queue.name not in due or now >= self._look_for_last_at.get(queue.name, 0.0)
         ]
         if asked:
-            heads = engine_for(using).scalars([sources[queue].head(soon) for queue in asked])
+            heads = engine_for(using).scalars([sources[queue].head(until) for queue in asked])
             found: dict[str, int] = {}
             questions = [
-                (found, queue.name, queue.alone_in(sources[queue], head).any_due(soon))
+                (found, queue.name, queue.alone_in(sources[queue], head).any_due(until))
                 for queue, head in zip(asked, heads, strict=True)
             ]
-            self._answer(using, questions, is_whole=True)
+            self._questions.answer(using, questions, is_whole=True)
             for queue in asked:
                 self._look_for_last_at[queue.name] = now + _FOR_LAST_ATTEMPTS
                 self._has_last[queue.name] = queue.name in found
         return [queue.name for queue in sources if self._has_last.get(queue.name)]
-
-    def _answer(self, using: str, asked: list[_Asked], is_whole: bool, is_usual: bool = False) -> None:
-        """Ask in one statement, from the bounds on if not all; note the answers, if there are any."""
-        parts = []
-        for _, name, question in asked:
-            ranges = [] if is_whole else self._bounds_of(name, question).ranges()
-            parts.append([question.between(*ends) for ends in ranges] or [question])
-        # Of which queues the others are asked is another one each time, and so are the ranges.
-        answers = engine_for(using).probe([part for some in parts for part in some], is_whole and is_usual)
-        left = iter(answers)
-        for (answered, name, question), some in zip(asked, parts, strict=True):
-            found = [first for first in islice(left, len(some)) if first is not None]
-            # Where there is nothing up to the last one, there is nothing to read again.
-            self._bounds_of(name, question).note([found[0] if found else question.last])
-            if found:
-                answered[name] = found[0]
-
-    def _bounds_of(self, name: str, question: Question) -> Bounds:
-        source = question.source
-        return self._bounds[name, question.state, source.below, source.at_least]
 
 
 class Outage:
