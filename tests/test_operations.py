@@ -52,8 +52,7 @@ def install(state):
 def told():
     """Return of which tables something was told since; to be asked for once."""
     ear = Ear("default")
-    with ear._connection.cursor() as cursor:
-        cursor.execute("LISTEN modelqueue")
+    ear.listen()
     yield lambda: ear.wait(0.5)
     ear.close()
 

@@ -1,7 +1,10 @@
 """The bell of a process: it wakes at once, says of which queues, and makes nobody wait."""
 
+import socket
 import threading
 import time
+
+import pytest
 
 from modelqueue.worker.bell import Bell
 from modelqueue.worker.system import context
@@ -64,3 +67,29 @@ def test_bell_is_heard_where_there_is_no_poll(monkeypatch):
     began = time.monotonic()
     bell.wait(0.02)
     assert time.monotonic() - began >= 0.02
+
+
+@pytest.mark.parametrize("has_poll", [True, False])
+def test_files_are_waited_for_as_long_as_they_are_given(has_poll, monkeypatch):
+    if not has_poll:
+        monkeypatch.delattr("select.poll", raising=False)
+    bell = Bell(["a"])
+    (first, writer), (second, other) = socket.socketpair(), socket.socketpair()
+    assert takes_its_time(bell, [first, second])
+    writer.send(b".")
+    assert not takes_its_time(bell, [first, second])
+    assert takes_its_time(bell, [second])
+    assert takes_its_time(bell)
+    assert not takes_its_time(bell, [first])  # nobody has read it
+    bell.ring(["a"])
+    assert not takes_its_time(bell, [second])
+    assert takes_its_time(bell, [second])  # that was heard
+    assert bell.heard() == ["a"]
+    for end in first, writer, second, other:
+        end.close()
+
+
+def takes_its_time(bell, *files):
+    began = time.monotonic()
+    bell.wait(0.02, *files)
+    return time.monotonic() - began >= 0.02

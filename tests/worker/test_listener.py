@@ -13,7 +13,7 @@ from django.db import OperationalError, connection, connections
 
 from modelqueue import State, Status
 from modelqueue.engines import engine_for
-from modelqueue.engines.notify import Ear
+from modelqueue.engines.notify import Ear, Hearing
 from modelqueue.worker import listener as module
 from modelqueue.worker import prober
 from modelqueue.worker.listener import Listener
@@ -71,9 +71,9 @@ def listen(ears):
     """Start a listener of some queues; return it, with what it has heard."""
     started = []
 
-    def listen(*queues):
+    def listen(*queues, hand_over=None):
         heard = []
-        one = Listener(list(queues), heard.append)
+        one = Listener(list(queues), heard.append, hand_over)
         one.start()
         started.append(one)
         return one, heard
@@ -196,7 +196,7 @@ def test_session_that_hears_nothing_is_told_once_and_closed(trigger, listen, ear
     monkeypatch.setattr(module, "_PATIENCE", 0.05)
     monkeypatch.setattr(module, "_DEAF", 0.05)
     with monkeypatch.context() as patch:
-        patch.setattr(Ear, "listen", lambda self: None)
+        patch.setattr(Hearing, "read", lambda self: set())
         _, heard = listen(do_errand)
         wait_until(lambda: len(ears) > 3)
         assert heard == []
@@ -204,6 +204,45 @@ def test_session_that_hears_nothing_is_told_once_and_closed(trigger, listen, ear
     wait_until(lambda: heard)
     assert caplog.text.count("hears nothing from the database 'default': perhaps there is a pooler") == 1
     assert caplog.text.count("New tasks are heard of again") == 1
+
+
+@on_postgresql
+def test_what_others_are_to_listen_to_is_handed_over_now_and_then_and_tested_once(
+    trigger, listen, ears, monkeypatch, caplog
+):
+    handed, tests, hears = [], [], Ear.hears
+    monkeypatch.setattr(module, "_INTERVAL", 0.05)
+    monkeypatch.setattr(Ear, "hears", lambda self, seconds: tests.append(self) or hears(self, seconds))
+    _, heard = listen(do_errand, hand_over=lambda *given: handed.append(given))
+    wait_until(lambda: len(handed) > 2)
+    assert handed[:2] == [("default", {"testapp_errand": ["testapp.do_errand"]})] * 2
+    assert len(tests) == 1
+    assert heard == []
+    wait_until(lambda: len(ears) > 1 and not is_open(ears[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Ear, "tables_with_trigger", lambda self, tables: 1 / 0)
+        wait_until(lambda: "trying again: division by zero" in caplog.text)
+    wait_until(lambda: len(tests) == 2)
+
+
+@on_postgresql
+def test_nothing_is_handed_over_that_is_not_heard(trigger, listen, ears, monkeypatch):
+    handed = []
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "_DEAF", 0.05)
+    monkeypatch.setattr(Hearing, "read", lambda self: set())
+    listen(do_errand, hand_over=lambda *given: handed.append(given))
+    wait_until(lambda: len(ears) > 3)
+    assert handed == []
+
+
+@on_postgresql
+def test_where_sessions_are_of_a_pool_the_listener_keeps_one_of_its_own(trigger, listen, monkeypatch):
+    handed = []
+    monkeypatch.setattr(module, "may_listen", lambda connection: False)
+    _, heard = listen(do_errand, hand_over=lambda *given: handed.append(given))
+    wait_until(lambda: heard)
+    assert handed == []
 
 
 def test_queue_whose_queryset_fails_costs_the_others_nothing(listen, declare, vendor):
@@ -293,7 +332,11 @@ def test_what_comes_with_the_answer_to_a_statement_is_heard(trigger):
 def test_psycopg_2_is_read_in_its_own_way():
     reader, writer = multiprocessing.Pipe(duplex=False)
     told = [SimpleNamespace(payload="a"), SimpleNamespace(payload="b"), SimpleNamespace(payload="a")]
-    driver = SimpleNamespace(fileno=reader.fileno, notifies=[], poll=lambda: driver.notifies.extend(told))
+
+    def poll():
+        driver.notifies += told if reader.poll() else []
+
+    driver = SimpleNamespace(fileno=reader.fileno, notifies=[], poll=poll)
     ear = Ear("default")
     said = []
     cursor = SimpleNamespace(execute=said.append)

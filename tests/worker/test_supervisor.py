@@ -184,6 +184,35 @@ def test_hint_goes_to_one_process_at_once_in_turns(play):
     assert count < 50
 
 
+def test_only_process_is_told_what_to_listen_to_and_so_is_the_one_that_replaces_it(play):
+    game = play()
+    (child,) = game.children
+    tables = {"testapp_errand": ["testapp.do_errand"]}
+    game.supervisor._ordinary.listen_to("default", tables)
+    child.say("ready")
+    wait_until(lambda: child.listen() or ("listen", {"default": tables}) in child.heard)
+    game.supervisor._ordinary.listen_to("other", {})
+    both = "listen", {"default": tables, "other": {}}
+    wait_until(lambda: child.listen() or both in child.heard)
+    child.die(1)
+    wait_until(lambda: len(game.children) == 2)
+    game.children[1].say("ready")
+    wait_until(lambda: game.children[1].listen() or both in game.children[1].heard)
+
+
+@pytest.mark.parametrize(("processes", "listens"), [(1, True), (2, False)])
+def test_process_is_to_listen_if_it_is_the_only_one(processes, listens, play):
+    game = play(processes=processes)
+    assert (game.supervisor._parts["hears of new tasks"]._hand_over is not None) == listens
+
+
+def test_prober_looks_soon_when_a_process_has_heard_something(play, monkeypatch):
+    game, asked = play(), []
+    monkeypatch.setattr(game.supervisor._prober, "ask", asked.append)
+    game.children[0].say("heard")
+    wait_until(lambda: asked == [[]])
+
+
 def test_hint_goes_to_a_process_that_has_the_least_to_do(monkeypatch):
     """One whose slots are all taken could claim nothing, nor could one that hangs."""
     monkeypatch.setattr(team, "Child", Played)

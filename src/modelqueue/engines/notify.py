@@ -1,4 +1,4 @@
-"""NOTIFY and LISTEN of PostgreSQL: a trigger that tells of new tasks, and a session that hears of them.
+"""NOTIFY and LISTEN of PostgreSQL: a trigger that tells of new tasks, and sessions that hear of them.
 
 A notification is a hint and no more: it says of which table, and whoever misses one finds the task when he
 looks for himself. PostgreSQL sends it after the commit, and the same one of one transaction once.
@@ -19,7 +19,7 @@ from django.db.backends.utils import truncate_name
 
 from modelqueue.status import State, Status
 
-__all__ = ["Ear", "create_trigger", "drop_trigger", "tables_that_tell"]
+__all__ = ["Ear", "Hearing", "create_trigger", "drop_trigger", "may_listen", "tables_that_tell"]
 
 _CHANNEL = "modelqueue"
 _FUNCTION = "modelqueue_notify"
@@ -102,24 +102,73 @@ def tables_that_tell(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> 
     return found
 
 
+def may_listen(connection: BaseDatabaseWrapper) -> bool:
+    """Say whether the session of this connection may listen beside its other work.
+
+    Not one of a pool, which would give it, still listening, to somebody else; nor without autocommit, where
+    it would begin to listen only when something is committed.
+    """
+    return not connection.settings_dict["OPTIONS"].get("pool") and connection.settings_dict["AUTOCOMMIT"]
+
+
+class Hearing:
+    """What the session of a connection is told from now on; of the thread whose connection it is."""
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self._connection = connection
+        self._told: set[str] = set()
+        with connection.cursor() as cursor:
+            cursor.execute(f"LISTEN {_CHANNEL}")
+            self._driver: Any = connection.connection
+        if hasattr(self._driver, "pgconn"):  # psycopg 2 keeps what comes with the answer to a statement
+            self._driver.add_notify_handler(lambda notification: self._told.add(notification.payload))
+
+    @property
+    def has_ended(self) -> bool:
+        """Say whether the connection has another session by now, or none."""
+        return self._connection.connection is not self._driver
+
+    @property
+    def was_told(self) -> bool:
+        """Say whether it was told something, with the answer to a statement."""
+        return bool(self._told)
+
+    def fileno(self) -> int:
+        """Return what is ready to be read when something is told while the session does nothing else."""
+        return int(self._driver.fileno())
+
+    def read(self) -> set[str]:
+        """Return of which tables it was told since this was called last.
+
+        Raises:
+            Exception: that of the driver, as the session has come to an end.
+        """
+        driver = self._driver
+        if hasattr(driver, "pgconn"):
+            driver.pgconn.consume_input()
+            while notification := driver.pgconn.notifies():
+                self._told.add(notification.extra.decode())
+        else:  # psycopg 2
+            driver.poll()
+            self._told.update(notification.payload for notification in driver.notifies)
+            driver.notifies.clear()
+        told, self._told = self._told, set()
+        return told
+
+
 class Ear:
-    """A session that listens, of one thread. Closed by `close`, whatever was raised before."""
+    """A session that does nothing but listen, of one thread. Closed by `close`, whatever was raised."""
 
     def __init__(self, using: str) -> None:
         self._using = using
         self._connection = _connection_of_its_own(using)
-        self._told: set[str] = set()
+        self._hearing: Hearing
 
     def tables_with_trigger(self, tables: Iterable[str]) -> dict[str, list[str]]:
         return tables_that_tell(self._connection, tables)
 
     def listen(self) -> None:
-        driver: Any
-        with self._connection.cursor() as cursor:
-            cursor.execute(f"LISTEN {_CHANNEL}")
-            driver = self._connection.connection
-        if hasattr(driver, "pgconn"):  # psycopg 2 keeps by itself what comes with the answer to a statement
-            driver.add_notify_handler(lambda notification: self._told.add(notification.payload))
+        self._hearing = Hearing(self._connection)
 
     def hears(self, seconds: float) -> bool:
         """Say whether what another session tells is heard within so many seconds.
@@ -141,25 +190,10 @@ class Ear:
 
     def wait(self, seconds: float) -> set[str]:
         """Wait until something is told; return of which tables, or nothing after so many seconds."""
-        driver: Any = self._connection.connection
         with selectors.DefaultSelector() as selector:
-            selector.register(driver.fileno(), selectors.EVENT_READ)
-            is_ready = bool(selector.select(0 if self._told else seconds))
-        self._read(driver, is_ready)
-        told, self._told = self._told, set()
-        return told
-
-    def _read(self, driver: Any, is_ready: bool) -> None:
-        if hasattr(driver, "pgconn"):
-            if is_ready:
-                driver.pgconn.consume_input()
-            while notification := driver.pgconn.notifies():
-                self._told.add(notification.extra.decode())
-        else:  # psycopg 2
-            if is_ready:
-                driver.poll()
-            self._told.update(notification.payload for notification in driver.notifies)
-            driver.notifies.clear()
+            selector.register(self._hearing, selectors.EVENT_READ)
+            selector.select(0 if self._hearing.was_told else seconds)
+        return self._hearing.read()
 
     def close(self) -> None:
         with suppress(Exception):  # of one that is dead

@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 import select
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from typing import Protocol
 
 from modelqueue.worker.system import context
 
-__all__ = ["Bell"]
+__all__ = ["Bell", "File"]
+
+
+class File(Protocol):
+    """What can be waited for."""
+
+    def fileno(self) -> int: ...
 
 
 class Bell:
@@ -33,6 +39,8 @@ class Bell:
         self._reader, self._writer = socket.socketpair()
         for end in self._reader, self._writer:
             end.setblocking(False)
+        self._files: Sequence[File] = ()
+        self._poll: Callable[[float | None], set[int]] | None = None
 
     def ring(self, names: Iterable[str] = ()) -> None:
         """Wake who listens; say of which queues there may be due tasks. Other names are passed over."""
@@ -50,20 +58,17 @@ class Bell:
             self._rung[self._places[name]] = 0
         return names
 
-    def wait(self, seconds: float | None) -> None:
-        """Wait until it is rung, or has been since this was called last; None: however long that takes."""
-        if self._poll(seconds):
+    def wait(self, seconds: float | None, files: Sequence[File] = ()) -> None:
+        """Wait until it is rung, or has been since this was called last; None: however long that takes.
+
+        Args:
+            files: wait also until there is something to read in one of these.
+        """
+        if self._poll is None or files != self._files:
+            self._files, self._poll = files, _poll([self._reader, *files])
+        if self._reader.fileno() in self._poll(seconds):
             with suppress(BlockingIOError):
                 self._reader.recv(4096)
-
-    @cached_property
-    def _poll(self) -> Callable[[float | None], object]:
-        """Wait for so many seconds until there is something to read."""
-        if not hasattr(select, "poll"):  # Windows
-            return lambda seconds: select.select([self._reader], [], [], seconds)[0]
-        poller = select.poll()
-        poller.register(self._reader.fileno(), select.POLLIN)
-        return lambda seconds: poller.poll(None if seconds is None else math.ceil(seconds * 1000))
 
     def leave(self) -> None:
         """Let go of it, as the supervisor does of that of a dead process."""
@@ -72,3 +77,15 @@ class Bell:
 
     def __del__(self) -> None:
         self.leave()  # or its sockets warn that nobody has closed them
+
+
+def _poll(files: Sequence[File]) -> Callable[[float | None], set[int]]:
+    """Return what waits for so many seconds, and returns which of the files have something to read."""
+    if not hasattr(select, "poll"):  # Windows
+        return lambda seconds: {file.fileno() for file in select.select(files, [], [], seconds)[0]}
+    poller = select.poll()
+    for file in files:
+        poller.register(file.fileno(), select.POLLIN)
+    return lambda seconds: {
+        number for number, _ in poller.poll(None if seconds is None else math.ceil(seconds * 1000))
+    }

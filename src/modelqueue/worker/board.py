@@ -11,9 +11,9 @@ status, the process names once by their pipe, before it begins with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from modelqueue.engines import Candidate
 from modelqueue.status import Status
@@ -27,6 +27,20 @@ _WIDTH = 7
 _NUMBER, _LEASE, _RENEWED, _QUEUE, _PK, _KEY, _STATUS = range(_WIDTH)
 #: What fits into an integer here, which has 64 bits.
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
+class _Claiming:
+    """The time of a claim. One that an error has ended is not over: what it has taken is not known."""
+
+    def __init__(self, cells: Any) -> None:
+        self._cells = cells
+
+    def __enter__(self) -> None:
+        self._cells[0] = 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._cells[0] = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,9 @@ class Board:
         self._set(place, _NUMBER, 0)
         self._free.append(place)
 
-    @contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self) -> _Claiming:
         """Note, around a claim until it is told, that there may be tasks of which nobody else knows."""
-        self._cells[0] = 1
-        yield
-        self._cells[0] = 0
+        return _Claiming(self._cells)
 
     # In the supervisor
 

@@ -55,22 +55,23 @@ class Bounds:
     """
 
     def __init__(self) -> None:
-        #: The one that was seen last comes last.
+        #: The last key of each band that was seen; the latest one comes last.
         self._by_band: dict[int, int] = {}
 
     def note(self, keys: Iterable[int]) -> None:
         """These keys were seen, in their order: in each band the last one is where to begin next time."""
         for band, key in {key // _BAND: key for key in keys}.items():
             self._by_band.pop(band, None)
-            self._by_band[band] = max(_a_little_before(Status(key)), band * _BAND)
+            self._by_band[band] = key
         while len(self._by_band) > _MOST_BANDS:
             del self._by_band[next(iter(self._by_band))]
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return what to read, one range of keys after the other; none: nothing is known yet."""
         bands = sorted(self._by_band)
+        begins = [max(_a_little_before(Status(self._by_band[band])), band * _BAND) for band in bands]
         ends = [band * _BAND - 1 for band in bands[1:]] + [_last_of_state(band) for band in bands[-1:]]
-        return [(self._by_band[band], end) for band, end in zip(bands, ends, strict=True)]
+        return list(zip(begins, ends, strict=True))
 
 
 def _a_little_before(key: Status) -> int:

@@ -50,6 +50,8 @@ class Claimer:
         self._troubles = Troubles("claimed")
         self._clock: DatabaseClock | None = None
         self._engines: dict[str, Engine] = {}
+        #: Databases with a connection for renewals.
+        self._kept: set[str] = set()
 
     def start(self) -> None:
         self._thread.start()
@@ -92,7 +94,7 @@ class Claimer:
         with self._register.claim():
             try:
                 source = lane.source()
-                keeper_for(source.using).reserve()
+                self._keep(source.using)
                 began = time.monotonic()
                 engine = self._engine_for(source.using)
                 claims = take(lane, source, turn.limit, engine)
@@ -108,6 +110,11 @@ class Claimer:
             added = self._register.add(lane, attempts)
         if added:
             self._or_give_back(added, partial(self._begin, lane))
+
+    def _keep(self, using: str) -> None:
+        if using not in self._kept:
+            keeper_for(using).reserve()
+            self._kept.add(using)
 
     def _engine_for(self, using: str) -> Engine:
         if using not in self._engines:

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from django.db import connections
+
 from modelqueue.engines import engine_for
-from modelqueue.engines.notify import Ear
+from modelqueue.engines.notify import Ear, may_listen
 from modelqueue.queues import Queue
 from modelqueue.source import owner_of
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "Tables"]
 
 logger = logging.getLogger("modelqueue")
 
@@ -37,20 +39,28 @@ _TICK = 0.5
 #: The names of the queues on each table.
 Tables = dict[str, list[str]]
 Heard = Callable[["list[str]"], None]
+HandOver = Callable[[str, Tables], None]
 
 
 class Listener:
-    """Calls `heard`, in threads of its own, with the names of queues of which one has a new task."""
+    """Calls `heard`, in threads of its own, with the names of queues of which one has a new task.
 
-    def __init__(self, queues: list[Queue[Any]], heard: Heard) -> None:
+    Args:
+        hand_over: called instead, now and then, with a database and the tables there that tell of new tasks:
+            somebody else listens to it.
+    """
+
+    def __init__(self, queues: list[Queue[Any]], heard: Heard, hand_over: HandOver | None = None) -> None:
         self._queues = queues
         self._heard = heard
+        self._hand_over = hand_over
         self._is_stopped = threading.Event()
         self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
         for using, tables in self._tables().items():
-            one = _Listening(using, tables, self._heard, self._is_stopped)
+            hand_over = self._hand_over if may_listen(connections[using]) else None
+            one = _Listening(using, tables, self._heard, self._is_stopped, hand_over)
             thread = threading.Thread(target=one.work, name="modelqueue-listener", daemon=True)
             thread.start()
             self.threads.append(thread)
@@ -82,11 +92,20 @@ class Listener:
 class _Listening:
     """That to one database."""
 
-    def __init__(self, using: str, tables: Tables, heard: Heard, is_stopped: threading.Event) -> None:
+    def __init__(
+        self,
+        using: str,
+        tables: Tables,
+        heard: Heard,
+        is_stopped: threading.Event,
+        hand_over: HandOver | None = None,
+    ) -> None:
         self._using = using
         self._tables = tables
         self._heard = heard
         self._is_stopped = is_stopped
+        self._hand_over = hand_over
+        self._is_handed_over = False
         #: Is there a trigger, as far as is known? Without one nobody has to hear of failures.
         self._is_wanted = False
         self._is_failing = False
@@ -106,10 +125,15 @@ class _Listening:
         try:
             if not (queues := self._find_triggers(ear)):
                 return _INTERVAL
-            ear.listen()
-            if not ear.hears(_PATIENCE):
-                return self._is_deaf()
-            self._succeeded()
+            if not self._is_handed_over:
+                ear.listen()
+                if not ear.hears(_PATIENCE):
+                    return self._is_deaf()
+                self._succeeded()
+            if self._hand_over is not None:
+                self._hand_over(self._using, queues)
+                self._is_handed_over = True
+                return _INTERVAL
             for names in queues.values():  # nobody has heard what was told before
                 self._heard(names)
             while queues and not self._is_stopped.is_set():
@@ -140,6 +164,7 @@ class _Listening:
         self._pause = _FIRST_PAUSE
 
     def _failed(self, error: Exception) -> float:
+        self._is_handed_over = False
         self._tell("The worker can not listen to the database %r, trying again: %s", self._using, error)
         pause = self._pause
         self._pause = min(2 * pause, _LONGEST_PAUSE)

@@ -26,7 +26,9 @@ from modelqueue.worker.bell import Bell
 from modelqueue.worker.board import Board
 from modelqueue.worker.claimer import Claimer
 from modelqueue.worker.completer import Completer
+from modelqueue.worker.ears import Ears
 from modelqueue.worker.limits import Limits
+from modelqueue.worker.listener import Tables
 from modelqueue.worker.loop import Loop
 from modelqueue.worker.names import name_sessions
 from modelqueue.worker.options import Options
@@ -84,7 +86,8 @@ class Process:
         if options.alone:
             queues = [queue for queue in queues if queue.has_last_attempts]
         lanes = [Lane(queue, options.threads, options.alone) for queue in queues]
-        self._slots = Slots(lanes, options.threads, options.max_tasks, options.alone, bell)
+        self._ears = Ears(queues, lambda: self._send("heard"))
+        self._slots = Slots(lanes, options.threads, options.max_tasks, options.alone, bell, self._ears)
         self._register = Register(self._slots, board, self._tell_claimed)
         self._completer = Completer(self._register, lambda: self._threads.waiting)
         self._threads = Threads(self._register, self._completer, options.threads)
@@ -145,10 +148,17 @@ class Process:
             return
         if message == "due":
             self._slots.want(*arguments)
+        elif message == "listen":
+            self._listen_to(*arguments)
         elif message == "stop":
             (grace,) = arguments
             self._deadline = time.monotonic() + grace
         self._send("answer", self._slots.running)
+
+    def _listen_to(self, tables: dict[str, Tables]) -> None:
+        self._ears.listen_to(tables)
+        # Whoever waits wakes up for these, and listens before it waits again.
+        self._slots.want(name for some in tables.values() for names in some.values() for name in names)
 
     def _send(self, *message: Any) -> None:
         with suppress(OSError), self._speaking:  # the supervisor is gone, which `_receive` finds out

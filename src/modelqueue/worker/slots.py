@@ -16,6 +16,7 @@ from typing import Any
 from modelqueue.queues import Queue
 from modelqueue.worker.bell import Bell
 from modelqueue.worker.bounds import Bounds, Sweeps
+from modelqueue.worker.ears import Ears
 from modelqueue.worker.options import ASYNC_SLOTS
 
 __all__ = ["Lane", "Slots", "Turn", "most_at_a_time"]
@@ -113,6 +114,7 @@ class Slots:
         most_tasks: int | None = None,
         alone: bool = False,
         bell: Bell | None = None,
+        ears: Ears | None = None,
     ) -> None:
         self._lanes = lanes
         #: How many more tasks may be claimed at all: less what a claim under way may take, and as it is.
@@ -124,6 +126,7 @@ class Slots:
         self._lock = threading.RLock()
         #: Wakes who waits for the next turn; the supervisor rings it, too.
         self._bell = bell or Bell([])
+        self._ears = ears or Ears([])
         self._is_waiting = False
         self._is_stopped = False
 
@@ -157,20 +160,22 @@ class Slots:
         """Wait for the next turn, and reserve its slots; None: there is none, or none so soon."""
         deadline = time.monotonic() + seconds
         while True:
+            told = self._ears.heard()  # without the lock, as it may ask the database
             with self._lock:  # or nobody might ring for a stop that comes just now
                 if self._is_stopped:
                     return None
                 self._is_waiting = False
                 self._want(self._bell.heard())
+                self._want(told)
                 if (turn := self._choose()) is not None:
                     return turn
                 now = time.monotonic()
                 if now >= deadline:
                     return None
                 moments = [lane.not_before for lane in self._lanes if lane.not_before > now]
-                moment = min([deadline, *moments])
+                moment = min([deadline, now + self._ears.pause, *moments])
                 self._is_waiting = True
-            self._bell.wait(None if moment == math.inf else moment - now)
+            self._bell.wait(None if moment == math.inf else moment - now, self._ears.files)
 
     def _choose(self) -> Turn | None:
         if self._left <= 0 or (self._is_alone and self.running):

@@ -96,10 +96,11 @@ class Supervisor:
         self._prober = Prober(queues, options.poll, self._found, self._ordinary.hint, options.drain)
         self._recovery = Recovery(queues)
         self._upkeep = Upkeep(queues)
+        hand_over = self._ordinary.listen_to if self._ordinary.hears_by_itself else None
         #: What goes on beside the supervisor, each in a thread of its own.
         self._parts: dict[str, _Part] = {
             "looks for work": self._prober,
-            "hears of new tasks": Listener(queues, self._prober.ask),
+            "hears of new tasks": Listener(queues, self._prober.ask, hand_over),
             "recovers tasks": self._recovery,
             "does the upkeep of the queues": self._upkeep,
         }
@@ -228,12 +229,14 @@ class Supervisor:
         if message == "ready":
             child.is_ready = True
             child.began = time.monotonic()
-            child.send("due", team.due)
+            team.welcome(child)
         elif message == "ended":
             child.has_run_tasks = True
             self._prober.look_again()
             with suppress(OSError):  # nobody reads of it any more
                 self._ended(Counter(*arguments))
+        elif message == "heard":
+            self._prober.ask([])
         elif message == "full":
             (child.reason,) = arguments
             child.was_short = time.monotonic() - child.began < _SHORT

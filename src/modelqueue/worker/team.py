@@ -11,6 +11,7 @@ from typing import Any
 
 from modelqueue.queues import Queue
 from modelqueue.worker.child import Child
+from modelqueue.worker.listener import Tables
 from modelqueue.worker.options import Options
 from modelqueue.worker.slots import most_at_a_time
 
@@ -25,6 +26,8 @@ class Team:
         self.children: list[Child] = []
         self._places = 1 if options.alone else most_at_a_time(queues, options.threads)
         self._told: list[str] = []
+        #: By database what its only process listens to.
+        self._tables: dict[str, Tables] = {}
         self._turn = 0
 
     @classmethod
@@ -52,6 +55,23 @@ class Team:
         """Tell one process that these queues have something to do, perhaps. May be called in any thread."""
         if ready := self._ready:
             self._whose_turn_it_is(ready).hint(names)
+
+    @property
+    def hears_by_itself(self) -> bool:
+        """Whether its process is to listen: of several each would wake up for each task."""
+        return self.options.processes == 1
+
+    def listen_to(self, using: str, tables: Tables) -> None:
+        """Have its only process listen to a database. May be called in any thread."""
+        self._tables = {**self._tables, using: tables}
+        for child in self._ready:
+            child.send("listen", self._tables)
+
+    def welcome(self, child: Child) -> None:
+        """Tell a process that is ready what there is to know."""
+        child.send("due", self.due)
+        if self._tables:
+            child.send("listen", self._tables)
 
     def tell(self) -> None:
         """Tell of what is due: one process, in turns, and all if that did not suffice."""
