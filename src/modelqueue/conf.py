@@ -1,19 +1,17 @@
 """Every setting: its name, its default, and what it does. All are optional.
 
-They stand in one dictionary of the project's settings, and are read when they are used first::
+They stand in one dictionary of the project's settings, and are read when they are used::
 
     MODELQUEUE = {"ENGINE": "portable", "PREPARED_STATEMENTS": False}
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.core.signals import setting_changed
 
 __all__ = ["SETTINGS", "Setting", "get", "problems"]
 
@@ -43,7 +41,6 @@ SETTINGS = {
 }
 
 
-@functools.cache  # each claim asks, and where MODELQUEUE is not set Django raises an error each time
 def get(name: str) -> Any:
     """Return the value of a setting.
 
@@ -76,12 +73,3 @@ def problems() -> list[tuple[str, str]]:
 def _wrong_value(name: str, value: object) -> str:
     choices = " or ".join(map(repr, SETTINGS[name].choices))
     return f"MODELQUEUE[{name!r}] is {value!r}, but can only be {choices}."
-
-
-def _forget(*, setting: str, **_: Any) -> None:
-    """A test has changed a setting."""
-    if setting == "MODELQUEUE":
-        get.cache_clear()
-
-
-setting_changed.connect(_forget, dispatch_uid="modelqueue.conf")

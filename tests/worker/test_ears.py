@@ -83,14 +83,6 @@ def test_process_that_listens_claims_a_new_task_without_a_word(start, hearings):
     process.wait_for("heard")
 
 
-def test_what_was_told_before_it_listened_is_claimed(start, hearings):
-    process = start(ERRANDS)
-    time.sleep(0.2)  # until it has found nothing
-    errand = Errand.objects.create()
-    process.pipe.send(("listen", TABLES))
-    wait_until(lambda: is_finished(errand))
-
-
 def test_session_that_is_ended_is_opened_again(start, hearings):
     process = start(ERRANDS)
     process.pipe.send(("listen", TABLES))
@@ -101,24 +93,23 @@ def test_session_that_is_ended_is_opened_again(start, hearings):
         end_session(hearings[-1])
 
 
-def test_process_goes_on_where_nobody_can_listen_and_tries_again(start, monkeypatch):
+def test_process_goes_on_where_nobody_can_listen_and_tries_again(start, hearings, monkeypatch):
     tried = []
 
     def fail(connection):
         tried.append(connection)
         raise OperationalError("in recovery")
 
-    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    monkeypatch.setattr(module, "_PAUSE", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(module, "Hearing", fail)
         process = start(ERRANDS)
         process.pipe.send(("listen", TABLES))
-        wait_until(lambda: tried)
+        wait_until(lambda: len(tried) > 3)
         errand = Errand.objects.create()
         process.pipe.send(("due", [ERRANDS]))
         wait_until(lambda: is_finished(errand))
-    process.pipe.send(("due", [ERRANDS]))  # it wakes up, and has its next try
-    time.sleep(0.2)
+    wait_until(lambda: hearings)
     errand = Errand.objects.create()
     wait_until(lambda: is_finished(errand))
 
@@ -132,9 +123,9 @@ def told():
     return listening([do_errand, review], BOTH)
 
 
-def listening(queues, tables, tell=lambda: None):
+def listening(queues, tables):
     connection.ensure_connection()
-    ears = Ears(queues, tell)
+    ears = Ears(queues)
     ears.listen_to(tables)
     ears.heard()  # all, as nobody has heard what was told before
     time.sleep(module._INTERVAL * 2)
@@ -164,14 +155,15 @@ def test_of_several_queues_on_a_table_those_are_passed_on_that_have_due_tasks(to
 
 
 def test_queue_that_is_alone_on_its_table_is_passed_on_without_a_question(monkeypatch):
-    ears = listening([do_errand], TABLES)
-    monkeypatch.setattr(Questions, "perhaps_due", None)
+    ears, asked = listening([do_errand], TABLES), []
+    monkeypatch.setattr(Questions, "perhaps_due", lambda self, *arguments: asked.append(arguments) or [])
     Errand.objects.create()
     assert heard(ears) == [ERRANDS]
+    assert asked == []
 
 
 def test_where_queues_can_not_be_asked_all_are_passed_on(told, monkeypatch):
-    def fail(self, using, queues):
+    def fail(self, using, queues, is_whole):
         raise OperationalError("away")
 
     monkeypatch.setattr(Questions, "perhaps_due", fail)
@@ -180,7 +172,6 @@ def test_where_queues_can_not_be_asked_all_are_passed_on(told, monkeypatch):
 
 
 def test_what_is_told_in_a_short_time_is_passed_on_at_once_and_then_together(monkeypatch):
-    monkeypatch.setattr(module, "_TELL_PAUSE", 3600.0)
     ears = listening([do_errand], TABLES)
     monkeypatch.setattr(module, "_INTERVAL", 60.0)
     Errand.objects.create()
@@ -188,23 +179,67 @@ def test_what_is_told_in_a_short_time_is_passed_on_at_once_and_then_together(mon
     Errand.objects.create()
     wait_until(lambda: ears.heard() == [] and ears._told)
     assert 30 < ears.pause <= 60
+    assert ears.files == []  # it would wake up for each one more
     ears._not_before = 0.0
     assert ears.pause == 0
     assert ears.heard() == [ERRANDS]
 
 
-def test_supervisor_is_told_a_little_later_and_not_each_time(monkeypatch):
-    words = []
-    ears = listening([do_errand], TABLES, lambda: words.append(time.monotonic()))
-    wait_until(lambda: ears.heard() or words)
-    assert ears.pause == math.inf
-    for count in (1, 2, 3):
+def test_it_says_once_that_something_was_heard():
+    ears = listening([do_errand], TABLES)
+    assert ears.has_heard()
+    assert not ears.has_heard()
+    Errand.objects.create()
+    assert heard(ears) == [ERRANDS]
+    assert ears.has_heard()
+    assert not ears.has_heard()
+
+
+def test_what_is_told_while_it_is_asked_which_queues_have_tasks_is_passed_on_next(told, monkeypatch):
+    real = Questions.perhaps_due
+
+    def perhaps_due(self, *arguments):
+        due = real(self, *arguments)
+        monkeypatch.undo()
         Errand.objects.create()
-        assert heard(ears) == [ERRANDS]
-        assert len(words) == count
-        assert 0 < ears.pause <= module._TELL_INTERVAL
-        wait_until(lambda count=count: not ears.heard() and len(words) == count + 1)
-        assert words[-1] - words[-2] >= module._TELL_INTERVAL
+        execute(["SELECT 1"])  # with its answer, at the latest, comes what was told
+        return due
+
+    monkeypatch.setattr(Questions, "perhaps_due", perhaps_due)
+    Errand.objects.create()
+    assert heard(told) == [ERRANDS]
+    assert told.pause < math.inf
+    assert heard(told) == [ERRANDS]
+
+
+def test_session_that_something_closes_again_and_again_listens_again_after_a_pause(monkeypatch):
+    ears = listening([do_errand], TABLES)
+    monkeypatch.setattr(module, "_PAUSE", 60.0)
+    connection.close()
+    assert ears.heard() == [ERRANDS]
+    connection.ensure_connection()
+    ears._listen_from["default"] = 0.0
+    time.sleep(module._INTERVAL * 2)
+    assert ears.heard() == [ERRANDS]  # it listens
+    connection.close()
+    time.sleep(module._INTERVAL * 2)
+    assert ears.heard() == [ERRANDS]
+    connection.ensure_connection()
+    assert ears.heard() == []
+    assert ears.files == []
+    assert 30 < ears.pause <= 60
+
+
+def test_databases_are_listened_to_as_long_as_they_are_among_those_that_are_told_last():
+    ears = listening([do_errand], TABLES)
+    assert len(ears.files) == 1
+    ears.listen_to({"other": {}})
+    Errand.objects.create()
+    assert ears.heard() == []
+    assert ears.files == []
+    ears.listen_to(TABLES)
+    wait_until(ears.heard)
+    assert len(ears.files) == 1
 
 
 def test_notifications_of_other_tables_and_of_unknown_queues_are_passed_over():

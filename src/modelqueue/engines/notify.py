@@ -120,6 +120,8 @@ class Hearing:
         with connection.cursor() as cursor:
             cursor.execute(f"LISTEN {_CHANNEL}")
             self._driver: Any = connection.connection
+        #: Kept, as the driver knows it no more when the session has come to an end.
+        self._fileno = int(self._driver.fileno())
         if hasattr(self._driver, "pgconn"):  # psycopg 2 keeps what comes with the answer to a statement
             self._driver.add_notify_handler(lambda notification: self._told.add(notification.payload))
 
@@ -131,11 +133,11 @@ class Hearing:
     @property
     def was_told(self) -> bool:
         """Say whether it was told something, with the answer to a statement."""
-        return bool(self._told)
+        return bool(self._told if hasattr(self._driver, "pgconn") else self._driver.notifies)
 
     def fileno(self) -> int:
         """Return what is ready to be read when something is told while the session does nothing else."""
-        return int(self._driver.fileno())
+        return self._fileno
 
     def read(self) -> set[str]:
         """Return of which tables it was told since this was called last.

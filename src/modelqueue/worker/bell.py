@@ -11,6 +11,7 @@ import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from modelqueue.worker.system import context
@@ -82,10 +83,17 @@ class Bell:
 def _poll(files: Sequence[File]) -> Callable[[float | None], set[int]]:
     """Return what waits for so many seconds, and returns which of the files have something to read."""
     if not hasattr(select, "poll"):  # Windows
-        return lambda seconds: {file.fileno() for file in select.select(files, [], [], seconds)[0]}
+        return partial(_select, files)
     poller = select.poll()
     for file in files:
         poller.register(file.fileno(), select.POLLIN)
     return lambda seconds: {
         number for number, _ in poller.poll(None if seconds is None else math.ceil(seconds * 1000))
     }
+
+
+def _select(files: Sequence[File], seconds: float | None) -> set[int]:
+    try:
+        return {file.fileno() for file in select.select(files, [], [], seconds)[0]}
+    except OSError:  # of one that is closed, which is found out when it is read
+        return {file.fileno() for file in files}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -32,59 +32,62 @@ logger = logging.getLogger("modelqueue")
 #: Seconds from one claim for what was heard to the next, or of a thousand tasks each would have its own; and
 #: how many times as long as it has taken to ask which queues are meant.
 _INTERVAL, _REST = 0.01, 3
-#: Seconds from one word to the supervisor to the next, and until the first one, as the thread of the action
-#: has to wait as long as the claimer is busy.
-_TELL_INTERVAL, _TELL_PAUSE = 0.1, 0.01
-#: Seconds until the next try to listen after one that has failed.
-_PAUSE = 5.0
+#: Seconds from one time that it begins to listen to a database to the next: something may close the session
+#: after each claim.
+_PAUSE = 1.0
 
 
 class Ears:
-    """Of the claimer's thread, but for `listen_to`.
+    """Of the claimer's thread, but for `listen_to` and `has_heard`.
 
     Args:
         queues: of this process.
-        tell: called now and then after something was heard, as a task may be due a moment later by our clock.
     """
 
-    def __init__(self, queues: Iterable[Queue[Any]], tell: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, queues: Iterable[Queue[Any]]) -> None:
         self._queues = {queue.name: queue for queue in queues}
-        self._tell = tell
         self._tables: dict[str, Tables] = {}
         self._hearings: dict[str, Hearing] = {}
-        #: By database the names of queues that are to be passed on.
-        self._told: dict[str, set[str]] = {}
-        self._questions = Questions()
-        self._not_before = 0.0
-        #: From when on to try to listen again, by database.
+        #: By database, from when on to try to listen.
         self._listen_from: dict[str, float] = {}
-        #: When to tell; infinity: there is nothing to tell.
-        self._tell_at, self._told_at = math.inf, 0.0
+        #: By database the names of queues that are to be passed on, and before when they are not.
+        self._told: dict[str, set[str]] = {}
+        self._not_before = 0.0
+        self._questions = Questions()
+        self._has_heard = False
 
     def listen_to(self, tables: dict[str, Tables]) -> None:
-        """Listen to these databases; called by any thread.
+        """Listen to these databases, and to no other any more; called by any thread.
 
         Args:
             tables: by database the queues on each table that tells, as notifications call it.
         """
         self._tables = tables
 
+    def has_heard(self) -> bool:
+        """Say whether something was heard since this was asked last; called by any thread.
+
+        Then a task may be due a moment later by our clock, which a claim has not found.
+        """
+        has_heard, self._has_heard = self._has_heard, False
+        return has_heard
+
     @property
     def files(self) -> list[Hearing]:
-        """Return what is ready to be read when something is told."""
-        return list(self._hearings.values())
+        """Return what is ready to be read when something is told, unless nothing is to be passed on yet."""
+        return [] if self._told else list(self._hearings.values())
 
     @property
     def pause(self) -> float:
         """Return in how many seconds `heard` is to be called whatever is told; infinity: not at all."""
-        moment = min(self._tell_at, self._not_before if self._told else math.inf)
-        return max(0.0, moment - time.monotonic())
+        moments = [self._listen_from[using] for using in self._listen_from.keys() - self._hearings.keys()]
+        if self._told:
+            moments.append(self._not_before)
+        return max(0.0, min(moments) - time.monotonic()) if moments else math.inf
 
     def heard(self) -> list[str]:
         """Return of which queues tasks are perhaps due, as was told; sometimes a little later."""
-        self._perhaps_tell()
-        for using in self._tables:
-            self._listen(using)
+        self._read()
         began = time.monotonic()
         if not self._told or began < self._not_before:
             return []
@@ -92,46 +95,49 @@ class Ears:
         names = [name for using, some in told.items() for name in self._perhaps_due(using, some)]
         now = time.monotonic()
         self._not_before = max(began + _INTERVAL, now + _REST * (now - began))
-        self._tell_at = min(self._tell_at, max(now + _TELL_PAUSE, self._told_at + _TELL_INTERVAL))
+        self._has_heard = True
         return names
 
-    def _perhaps_tell(self) -> None:
-        if (now := time.monotonic()) >= self._tell_at:
-            self._tell_at, self._told_at = math.inf, now
-            self._tell()
+    def _read(self) -> None:
+        """Read what was told; listen where that is not done yet, or not any more."""
+        tables = self._tables
+        for using in [using for using in self._hearings if using not in tables]:
+            del self._hearings[using]
+        for using, names in tables.items():
+            self._read_from(using, names)
 
-    def _listen(self, using: str) -> None:
-        """Read what was told by a database; listen where that is not done yet, or not any more."""
+    def _read_from(self, using: str, tables: Tables) -> None:
         hearing = self._hearings.get(using)
         if hearing is not None and not hearing.has_ended:
             try:
-                for table in hearing.read():
-                    self._note(using, self._tables[using].get(table, []))
-                return
+                told = hearing.read()
             except Exception as error:
                 logger.debug("The session that listens to %r has ended: %s", using, error)
-                with suppress(Exception):  # of one that is dead
-                    connections[using].close()
+                _close(using)
+            else:
+                for table in told & tables.keys():
+                    self._note(using, tables[table])
+                return
         if hearing is not None:
             del self._hearings[using]
-            self._note_all(using)
-        self._begin_to_listen(using)
+            self._note_all(using, tables)
+        self._begin_to_listen(using, tables)
 
-    def _begin_to_listen(self, using: str) -> None:
+    def _begin_to_listen(self, using: str, tables: Tables) -> None:
         connection = connections[using]
         # Whoever opens a connection waits where nobody answers: that is left to the claim.
         if connection.connection is None or time.monotonic() < self._listen_from.get(using, 0.0):
             return
+        self._listen_from[using] = time.monotonic() + _PAUSE
         try:
             self._hearings[using] = Hearing(connection)
         except Exception as error:  # the claim tells whether the database is away
             logger.debug("The claimer can not listen to %r: %s", using, error)
-            self._listen_from[using] = time.monotonic() + _PAUSE
         else:
-            self._note_all(using)  # nobody has heard what was told before
+            self._note_all(using, tables)  # nobody has heard what was told before
 
-    def _note_all(self, using: str) -> None:
-        for names in self._tables[using].values():
+    def _note_all(self, using: str, tables: Tables) -> None:
+        for names in tables.values():
             self._note(using, names)
 
     def _note(self, using: str, names: Iterable[str]) -> None:
@@ -142,8 +148,20 @@ class Ears:
         """Return those that have due tasks; a single one, as its claim asks, too."""
         if len(names) < 2 or connections[using].connection is None:
             return names
+        sweeps, began = self._questions.sweeps[using], time.monotonic()
+        is_whole = sweeps.is_due(began)
         try:
-            return self._questions.perhaps_due(using, [self._queues[name] for name in names])
+            due = self._questions.perhaps_due(using, [self._queues[name] for name in names], is_whole)
         except Exception as error:  # which the claim will tell
             logger.debug("Nobody knows whether something is due in %s: %s", ", ".join(names), error)
+            _close(using)
             return names
+        now = time.monotonic()
+        sweeps.note(is_whole, now, now - began)
+        self._read()  # what was told meanwhile has come with the answer
+        return due
+
+
+def _close(using: str) -> None:
+    with suppress(Exception):  # of one that is dead
+        connections[using].close()

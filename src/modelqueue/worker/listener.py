@@ -129,7 +129,7 @@ class _Listening:
                 ear.listen()
                 if not ear.hears(_PATIENCE):
                     return self._is_deaf()
-                self._succeeded()
+            self._succeeded()
             if self._hand_over is not None:
                 self._hand_over(self._using, queues)
                 self._is_handed_over = True
@@ -164,7 +164,6 @@ class _Listening:
         self._pause = _FIRST_PAUSE
 
     def _failed(self, error: Exception) -> float:
-        self._is_handed_over = False
         self._tell("The worker can not listen to the database %r, trying again: %s", self._using, error)
         pause = self._pause
         self._pause = min(2 * pause, _LONGEST_PAUSE)
@@ -179,7 +178,6 @@ class _Listening:
         return _DEAF
 
     def _tell(self, text: str, *facts: object) -> None:
-        logger.log(
-            logging.WARNING if self._is_wanted and not self._is_failing else logging.DEBUG, text, *facts
-        )
-        self._is_failing = self._is_failing or self._is_wanted
+        concerns = self._is_wanted and not self._is_handed_over
+        logger.log(logging.WARNING if concerns and not self._is_failing else logging.DEBUG, text, *facts)
+        self._is_failing = self._is_failing or concerns

@@ -211,8 +211,10 @@ class Prober:
         """Return the names of those that have due tasks; that of a single one, as a claim asks, too."""
         if len(queues) < 2:
             return [queue.name for queue in queues]
-        by_database = self._by_database(queues).items()
-        return [name for using, some in by_database for name in self._questions.perhaps_due(using, some)]
+        due: list[str] = []
+        for using, some in self._by_database(queues).items():
+            due += self._questions.perhaps_due(using, some, not self._questions.sweeps[using].pays)
+        return due
 
     def _look(self, waited: float = 0.0) -> None:
         """Look at each database, and pass on what was found.

@@ -86,7 +86,7 @@ class Process:
         if options.alone:
             queues = [queue for queue in queues if queue.has_last_attempts]
         lanes = [Lane(queue, options.threads, options.alone) for queue in queues]
-        self._ears = Ears(queues, lambda: self._send("heard"))
+        self._ears = Ears(queues)
         self._slots = Slots(lanes, options.threads, options.max_tasks, options.alone, bell, self._ears)
         self._register = Register(self._slots, board, self._tell_claimed)
         self._completer = Completer(self._register, lambda: self._threads.waiting)
@@ -173,6 +173,8 @@ class Process:
     def _report(self) -> None:
         if ended := self._register.report():
             self._send("ended", dict(ended))
+        if self._ears.has_heard():
+            self._send("heard")
         full, self._reported_at = full_since(self._reported_at), time.monotonic()
         if full:
             self._send("no room", full)

@@ -39,7 +39,7 @@ class Questions:
         self._bounds: defaultdict[object, Bounds] = defaultdict(Bounds)
         self.sweeps: defaultdict[str, Sweeps] = defaultdict(Sweeps)
 
-    def perhaps_due(self, using: str, queues: Iterable[Queue[Any]]) -> list[str]:
+    def perhaps_due(self, using: str, queues: Iterable[Queue[Any]], is_whole: bool) -> list[str]:
         """Return the names of those of several queues on a database that have due tasks.
 
         Raises:
@@ -48,7 +48,7 @@ class Questions:
         found: dict[str, int] = {}
         moment = soon()
         asked = [(found, queue.name, queue.shared().any_due(moment)) for queue in queues]
-        self.answer(using, asked, is_whole=not self.sweeps[using].pays, is_usual=True)
+        self.answer(using, asked, is_whole, is_usual=True)
         return list(found)
 
     def answer(self, using: str, asked: list[Asked], is_whole: bool, is_usual: bool = False) -> None:

@@ -5,6 +5,7 @@ How many there are to be, and whom of them to tell of work.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,8 @@ class Team:
         self._told: list[str] = []
         #: By database what its only process listens to.
         self._tables: dict[str, Tables] = {}
+        #: Held by who tells that: there is a thread for each database, and what is told last counts.
+        self._listening = threading.Lock()
         self._turn = 0
 
     @classmethod
@@ -63,15 +66,17 @@ class Team:
 
     def listen_to(self, using: str, tables: Tables) -> None:
         """Have its only process listen to a database. May be called in any thread."""
-        self._tables = {**self._tables, using: tables}
-        for child in self._ready:
-            child.send("listen", self._tables)
+        with self._listening:
+            self._tables = {**self._tables, using: tables}
+            for child in self._ready:
+                child.send("listen", self._tables)
 
     def welcome(self, child: Child) -> None:
         """Tell a process that is ready what there is to know."""
         child.send("due", self.due)
-        if self._tables:
-            child.send("listen", self._tables)
+        with self._listening:
+            if self._tables:
+                child.send("listen", self._tables)
 
     def tell(self) -> None:
         """Tell of what is due: one process, in turns, and all if that did not suffice."""
