@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--db", default="postgres", choices=["postgres", "postgres15", "sqlite"])
+    parser.add_argument("--db", default="postgres", choices=["postgres", "postgres15", "mariadb", "sqlite"])
     parser.add_argument("--tasks", type=int, default=60, help="while the worker is warm")
     parser.add_argument("--idle", type=float, default=20.0, help="seconds of each idle time")
     parser.add_argument("--rounds", type=int, default=10, help="tasks after idle times, 2 or more")
@@ -44,7 +44,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         moments() as begun,
     ):
-        name = str(Path(folder) / "tasks.sqlite3") if options.db == "sqlite" else "postgres"
+        name = {"sqlite": str(Path(folder) / "tasks.sqlite3"), "mariadb": "mysql"}.get(options.db, "postgres")
         os.environ["BENCHMARK_DATABASE"] = json.dumps({**server, "NAME": name}, default=str)
         os.environ["BENCHMARK_QUEUES"] = str(options.queues)
         os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.latency.settings"
@@ -86,7 +86,8 @@ def measure(options: argparse.Namespace, begun: Moments) -> None:
             cold.append(run_one(begun))
         report(f"after {options.idle:.0f} s without a task", cold)
         if options.db != "sqlite":
-            print(f"\nTransactions a second of the idle worker: {statistics.median(probes):.1f}")
+            what = "Statements" if options.db == "mariadb" else "Transactions"
+            print(f"\n{what} a second of the idle worker: {statistics.median(probes):.1f}")
     finally:
         worker.terminate()
         worker.wait()
@@ -109,13 +110,18 @@ def report(what: str, waits: list[float]) -> None:
 
 
 def transactions() -> int:
-    """Return how many transactions the database has seen, our own question left out."""
+    """Return how many transactions (MariaDB: statements) the database has seen, all but our own question."""
     from django.db import connection
 
-    if connection.vendor != "postgresql":
+    questions = {
+        "postgresql": "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()",
+        "mysql": "SELECT variable_value FROM information_schema.global_status "
+        "WHERE variable_name = 'QUERIES'",
+    }
+    if connection.vendor not in questions:
         return 0
     with connection.cursor() as cursor:
-        cursor.execute("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()")
+        cursor.execute(questions[connection.vendor])
         row: Any = cursor.fetchone()
     return int(row[0])
 

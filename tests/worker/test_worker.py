@@ -508,7 +508,8 @@ def test_rolling_restarts_lose_and_charge_nothing(workers):
         if RESTARTS > 2:
             time.sleep(max(0.0, began + 2 - time.monotonic()))
         assert worker.stop()[0] == 0
-        assert do_errand.tally()["working"] <= 4
+        # The threads of the other one, and as many tasks of which the outcome is still to be written.
+        assert do_errand.tally()["working"] <= 8
         worker = following
     wait_until(lambda: do_errand.tally()["finished"] == count)
     assert worker.stop()[0] == 0
