@@ -106,7 +106,7 @@ def test_all_is_read_each_time_while_that_is_cheap():
 
 
 def test_bound_is_tried_now_and_then_where_that_saves_little():
-    sweeps = measured(whole=[(0.010, 9)], bounded=[(0.007, 9)])
+    sweeps = measured(whole=[(0.010, 9)], bounded=[(0.009, 9)])
     assert [sweeps.is_due(now) for now in (0.0, 0.2, 0.3)] == [True, True, False]
     assert not sweeps.pays
 
@@ -132,7 +132,7 @@ def test_after_an_idle_wait_all_is_read_as_soon_as_that_takes_little_of_the_time
 
 
 def test_measurement_that_was_held_up_by_something_else_does_not_count():
-    slow = measured(whole=[(0.004, 9), (0.5, 9)], bounded=[(0.003, 9)])
+    slow = measured(whole=[(0.004, 9), (0.5, 9)], bounded=[(0.0035, 9)])
     assert not slow.pays
     assert slow.is_due(1.0)
     assert measured(whole=[(0.010, 9)], bounded=[(0.5, 9), (0.003, 9)]).pays
@@ -141,7 +141,7 @@ def test_measurement_that_was_held_up_by_something_else_does_not_count():
 def test_what_is_cheap_again_is_read_as_a_whole_again():
     sweeps = measured(whole=[(0.010, 9)], bounded=[(0.003, 9)])
     assert sweeps.pays
-    sweeps.note(True, 1.0, 0.004, 9)
+    sweeps.note(True, 1.0, 0.0035, 9)
     assert not sweeps.pays
 
 
