@@ -40,8 +40,8 @@ _PERIOD = 1.0
 #: more than so many seconds.
 _REST, _LONGEST = 10, 10.0
 #: Seconds that it has to take to read all, and how many times as long as from a bound, until bounds are used.
-#: Where it was 1.5 times, the session that claims came to take 0.47 s of the processor a second instead of 0.2,
-#: and a fifth of the rate was gone (300,000 tasks under an open snapshot, two cores, 27 November 2026).
+#: Where it was 1.5 times, the session that claims came to take 0.47 s of the processor a second instead of
+#: 0.2, and a fifth of the rate was gone (300,000 tasks under an open snapshot, two cores, 27 November 2026).
 _WORTH_IT, _SEVERAL = 0.001, 1.2
 #: How many measurements are kept. The least of them counts, as each may have been held up by something else.
 _KEPT = 4
