@@ -88,5 +88,5 @@ def test_at_no_time_is_a_lease_missing_that_may_stand_in_the_row(monkeypatch):
 def test_task_that_integers_can_not_name_has_to_be_named_elsewhere(row):
     board = Board(1, ["a", "b"])
     assert not board.can_name(row)
-    note = board.read(board.take(4, CLAIM, "b", row))
+    note = board.read(board.take(4, CLAIM, "b", None))
     assert (note.number, note.leases, note.queue, note.row) == (4, {CLAIM}, None, None)

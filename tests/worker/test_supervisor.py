@@ -570,7 +570,9 @@ def test_task_that_the_board_can_not_name_is_given_back_as_its_process_has_told(
     child = game.children[0]
     told, untold = working(), working()
     facts = "testapp.do_errand", Candidate(told.pk, told.pk, Status.waiting(5), {"title": "before"})
-    places = [child.board.take(number, one.status, *facts) for number, one in enumerate((told, untold), 1)]
+    places = [
+        child.board.take(number, one.status, facts[0], None) for number, one in enumerate((told, untold), 1)
+    ]
     child.say("claimed", [Claimed(place, 1, *facts) for place in places])
     wait_until(lambda: len(child.claimed) == 2)
     child.die(-9)

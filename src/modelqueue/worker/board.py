@@ -74,22 +74,28 @@ class Board:
 
     # In the process
 
-    def take(self, number: int, lease: Status, queue: str, row: Candidate) -> int | None:
-        """Note a claim under a number that is used once; return its place, if there is one."""
+    def take(self, number: int, lease: Status, queue: str, row: Candidate | None) -> int | None:
+        """Note a claim under a number that is used once; return its place, if there is one.
+
+        Args:
+            row: the task; None: it can not be named here, see `can_name`.
+        """
         try:
             place = self._free.popleft()
         except IndexError:
             return None
-        start, is_named = 1 + place * _WIDTH, self.can_name(row)
-        which = (self._numbers[queue], row.pk, row.key, row.status) if is_named else (0, 0, 0, 0)
+        start = 1 + place * _WIDTH
+        which = (0, 0, 0, 0) if row is None else (self._numbers[queue], row.pk, row.key, row.status)
         self._cells[start + _LEASE : start + _WIDTH] = [lease, lease, *which]
         self._set(place, _NUMBER, number)  # at last, as from here on all of it counts
         return place
 
     def can_name(self, row: Candidate) -> bool:
         """Say whether a task can be named by integers, as it has to be named by the pipe else."""
-        keys = row.pk, row.key
-        return row.before is None and all(type(key) is int and _SMALLEST <= key <= _LARGEST for key in keys)
+        pk, key = row.pk, row.key
+        if type(pk) is not int or type(key) is not int or row.before is not None:
+            return False
+        return _SMALLEST <= pk <= _LARGEST and _SMALLEST <= key <= _LARGEST
 
     def begin(self, place: int) -> None:
         """Note that an action begins, before it does."""

@@ -120,8 +120,9 @@ class Register:
         added, told = list[Running](), list[Claimed]()
         for attempt in attempts:
             number, queue, claim = next(self._numbers), lane.queue.name, attempt.claim
-            place = self._board.take(number, claim.lease, queue, claim.row)
-            if place is not None and not self._board.can_name(claim.row):
+            named = claim.row if self._board.can_name(claim.row) else None
+            place = self._board.take(number, claim.lease, queue, named)
+            if place is not None and named is None:
                 told.append(Claimed(place, number, queue, claim.row))
             added.append(Running(lane, attempt, number, place))
         with self._changed:

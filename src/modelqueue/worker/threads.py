@@ -270,6 +270,6 @@ def _close_old_connections() -> None:
 
 
 def _close_if_old(connection: BaseDatabaseWrapper, is_idle: bool = True) -> None:
-    with suppress(Exception):  # of one that is dead
-        if is_idle or connection.settings_dict["CONN_MAX_AGE"]:
+    if is_idle or connection.settings_dict["CONN_MAX_AGE"]:
+        with suppress(Exception):  # of one that is dead
             connection.close_if_unusable_or_obsolete()
