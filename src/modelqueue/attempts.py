@@ -237,8 +237,9 @@ class Attempt(Generic[M]):
         """Take the steps after the write of what `prepare` has returned."""
         if self.task is not None:
             set_loaded(self.task, self.source.field, outcome.status)
-        ended = {"outcome": outcome.ending, "error": outcome.error}
-        self.tell(signals.task_finished, status=outcome.status, **ended)
+        if signals.is_heard(signals.task_finished, outcome.ending):  # asked before anything is put together
+            ended = {"outcome": outcome.ending, "error": outcome.error}
+            self.tell(signals.task_finished, status=outcome.status, **ended)
 
     def settle(self, error: BaseException | None) -> Outcome:
         """Take the steps after the action, in whatever thread this is; return the outcome.

@@ -184,16 +184,16 @@ class Snapshot:
             ValueError: the primary key was changed, so there is no row to write to.
         """
         instance = self._instance
-        known = self._values()
-        keys = getattr(instance._meta, "pk_fields", [instance._meta.pk])  # several from Django 5.2
+        known, now = self._values(), instance.__dict__
         changed = _fetch_keys_of_related(instance)
-        for field in _loaded_fields(instance):
-            before, value = known.get(field.attname, _UNREAD), instance.__dict__[field.attname]
+        for field in _stored_fields(type(instance)):
+            value = now.get(field.attname, _UNREAD)
+            before = known.get(field.attname, _UNREAD)
             if value is before and type(value) in _IMMUTABLE:  # as nearly all are, and this is quick
                 continue
-            if field is self._status or not _differs(before, value):
+            if value is _UNREAD or field is self._status or not _differs(before, value):
                 continue
-            if field in keys:
+            if field in getattr(instance._meta, "pk_fields", [instance._meta.pk]):  # several from Django 5.2
                 raise ValueError(self._text_of_changed_key(instance))
             changed.append(field)
         return changed

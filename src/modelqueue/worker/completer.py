@@ -188,6 +188,8 @@ class Completer:
             self._settle(*all_ended)
             return
         able = defaultdict[Any, list[_Ended]](list)
+        for engine in self._engines.values():
+            _make_new(engine)
         for ended in all_ended:
             if self._may_be_of_status_alone(ended):
                 source = ended.running.attempt.source
@@ -240,12 +242,9 @@ class Completer:
         if using in self._waits_for:
             return False
         if using not in self._engines:
-            self._engines[using] = engine_for(using)
-        engine = self._engines[using]
-        engine.forget()
-        engine.patience = SHORT_PATIENCE
+            self._engines[using] = _make_new(engine_for(using))
         try:
-            return attempt.may_be_of_status_alone(ended.error, engine)
+            return attempt.may_be_of_status_alone(ended.error, self._engines[using])
         except BaseException:  # as below
             return False
 
@@ -350,3 +349,10 @@ class Completer:
                 running.lane.queue.name,
                 *found,
             )
+
+
+def _make_new(engine: Engine) -> Engine:
+    """Make an engine as new for the next outcomes; it does not wait for long, as those behind would, too."""
+    engine.forget()
+    engine.patience = SHORT_PATIENCE
+    return engine
