@@ -213,20 +213,16 @@ def test_what_is_told_while_it_is_asked_which_queues_have_tasks_is_passed_on_nex
 
 
 def test_session_that_something_closes_again_and_again_listens_again_after_a_pause(monkeypatch):
+    """A callable that gives the queryset, for example, each time that it is asked."""
     ears = listening([do_errand], TABLES)
     monkeypatch.setattr(module, "_PAUSE", 60.0)
-    connection.close()
-    assert ears.heard() == [ERRANDS]
-    connection.ensure_connection()
     ears._listen_from["default"] = 0.0
-    time.sleep(module._INTERVAL * 2)
-    assert ears.heard() == [ERRANDS]  # it listens
-    connection.close()
-    time.sleep(module._INTERVAL * 2)
-    assert ears.heard() == [ERRANDS]
-    connection.ensure_connection()
-    assert ears.heard() == []
-    assert ears.files == []
+    for listens in (True, False):
+        connection.close()
+        connection.ensure_connection()
+        time.sleep(module._INTERVAL * 2)
+        assert ears.heard() == [ERRANDS]
+        assert bool(ears.files) == listens
     assert 30 < ears.pause <= 60
 
 
@@ -237,6 +233,7 @@ def test_databases_are_listened_to_as_long_as_they_are_among_those_that_are_told
     Errand.objects.create()
     assert ears.heard() == []
     assert ears.files == []
+    assert ears.pause == math.inf
     ears.listen_to(TABLES)
     wait_until(ears.heard)
     assert len(ears.files) == 1
@@ -258,6 +255,7 @@ def test_connection_that_is_closed_is_not_opened_to_listen():
     assert ears.heard() == [ERRANDS]  # perhaps somebody has told something meanwhile
     assert ears.files == []
     assert connection.connection is None
+    assert ears.pause == math.inf  # the claim opens it, and has its own pauses where nobody answers
 
 
 def test_session_that_is_ended_is_closed_and_all_is_claimed():
@@ -270,6 +268,7 @@ def test_session_that_is_ended_is_closed_and_all_is_claimed():
     assert heard(ears) == [ERRANDS]
     assert ears.files == []
     assert connection.connection is None
+    assert ears.pause == math.inf
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,10 @@ class Ears:
     def _read(self) -> None:
         """Read what was told; listen where that is not done yet, or not any more."""
         tables = self._tables
-        for using in [using for using in self._hearings if using not in tables]:
+        for using in self._hearings.keys() - tables.keys():
             del self._hearings[using]
+        for using in self._listen_from.keys() - tables.keys():
+            del self._listen_from[using]
         for using, names in tables.items():
             self._read_from(using, names)
 
@@ -125,8 +127,11 @@ class Ears:
 
     def _begin_to_listen(self, using: str, tables: Tables) -> None:
         connection = connections[using]
-        # Whoever opens a connection waits where nobody answers: that is left to the claim.
-        if connection.connection is None or time.monotonic() < self._listen_from.get(using, 0.0):
+        if connection.connection is None:
+            # Whoever opens one waits where nobody answers: that is left to the claim, however long it takes.
+            self._listen_from.pop(using, None)
+            return
+        if time.monotonic() < self._listen_from.get(using, 0.0):
             return
         self._listen_from[using] = time.monotonic() + _PAUSE
         try:
