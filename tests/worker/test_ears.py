@@ -12,7 +12,7 @@ from django.core.management import call_command
 from django.db import OperationalError, connection, connections
 
 from modelqueue import State, Status
-from modelqueue.engines import engine_for
+from modelqueue.engines import Engine, engine_for
 from modelqueue.engines.notify import Hearing, may_listen
 from modelqueue.worker import ears as module
 from modelqueue.worker import prober
@@ -156,7 +156,7 @@ def test_of_several_queues_on_a_table_those_are_passed_on_that_have_due_tasks(to
 
 def test_queue_that_is_alone_on_its_table_is_passed_on_without_a_question(monkeypatch):
     ears, asked = listening([do_errand], TABLES), []
-    monkeypatch.setattr(Questions, "perhaps_due", lambda self, *arguments: asked.append(arguments) or [])
+    monkeypatch.setattr(Questions, "perhaps_due", lambda self, *arguments, **_: asked.append(arguments))
     Errand.objects.create()
     assert heard(ears) == [ERRANDS]
     assert asked == []
@@ -164,11 +164,24 @@ def test_queue_that_is_alone_on_its_table_is_passed_on_without_a_question(monkey
 
 def test_where_queues_can_not_be_asked_all_are_passed_on(told, monkeypatch):
     def fail(self, using, queues, is_whole):
-        raise OperationalError("away")
+        raise OperationalError("a column is missing")
 
+    (hearing,) = told.files
     monkeypatch.setattr(Questions, "perhaps_due", fail)
     Errand.objects.create()
     assert set(heard(told)) == {ERRANDS, REVIEWS}
+    assert not hearing.has_ended  # else it would begin to listen, ask and fail again and again
+
+
+def test_session_that_ends_while_queues_are_asked_is_closed(told, monkeypatch):
+    def fail(self, using, queues, is_whole):
+        raise OperationalError("away")
+
+    monkeypatch.setattr(Questions, "perhaps_due", fail)
+    monkeypatch.setattr(Engine, "is_connected", lambda engine: False)
+    Errand.objects.create()
+    assert set(heard(told)) == {ERRANDS, REVIEWS}
+    assert connection.connection is None
 
 
 def test_what_is_told_in_a_short_time_is_passed_on_at_once_and_then_together(monkeypatch):
@@ -198,8 +211,8 @@ def test_it_says_once_that_something_was_heard():
 def test_what_is_told_while_it_is_asked_which_queues_have_tasks_is_passed_on_next(told, monkeypatch):
     real = Questions.perhaps_due
 
-    def perhaps_due(self, *arguments):
-        due = real(self, *arguments)
+    def perhaps_due(self, *arguments, **options):
+        due = real(self, *arguments, **options)
         monkeypatch.undo()
         Errand.objects.create()
         execute(["SELECT 1"])  # with its answer, at the latest, comes what was told
@@ -226,17 +239,21 @@ def test_session_that_something_closes_again_and_again_listens_again_after_a_pau
     assert 30 < ears.pause <= 60
 
 
-def test_databases_are_listened_to_as_long_as_they_are_among_those_that_are_told_last():
-    ears = listening([do_errand], TABLES)
-    assert len(ears.files) == 1
-    ears.listen_to({"other": {}})
+def test_where_it_takes_long_to_ask_all_are_passed_on_for_a_while(told, monkeypatch):
+    asked, real = [], Questions.perhaps_due
+
+    def perhaps_due(self, *arguments, **options):
+        asked.append(arguments)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Questions, "perhaps_due", perhaps_due)
+    monkeypatch.setattr(module, "_DEAR", 0.0)
+    monkeypatch.setattr(module, "_PAUSE", 60.0)
     Errand.objects.create()
-    assert ears.heard() == []
-    assert ears.files == []
-    assert ears.pause == math.inf
-    ears.listen_to(TABLES)
-    wait_until(ears.heard)
-    assert len(ears.files) == 1
+    assert heard(told) == [ERRANDS]
+    Errand.objects.create()
+    assert set(heard(told)) == {ERRANDS, REVIEWS}
+    assert len(asked) == 1
 
 
 def test_notifications_of_other_tables_and_of_unknown_queues_are_passed_over():

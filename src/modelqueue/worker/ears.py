@@ -20,6 +20,7 @@ from typing import Any
 
 from django.db import connections
 
+from modelqueue.engines import engine_for
 from modelqueue.engines.notify import Hearing
 from modelqueue.queues import Queue
 from modelqueue.worker.listener import Tables
@@ -32,9 +33,10 @@ logger = logging.getLogger("modelqueue")
 #: Seconds from one claim for what was heard to the next, or of a thousand tasks each would have its own; and
 #: how many times as long as it has taken to ask which queues are meant.
 _INTERVAL, _REST = 0.01, 3
-#: Seconds from one time that it begins to listen to a database to the next: something may close the session
-#: after each claim.
-_PAUSE = 1.0
+#: Seconds from one time that it begins to listen to a database to the next, as something may close the
+#: session after each claim; and to the next question after one that took longer than so many seconds, as
+#: ended tasks that an old transaction still sees were in its way. Claims begin at their bounds.
+_PAUSE, _DEAR = 1.0, 0.01
 
 
 class Ears:
@@ -54,13 +56,16 @@ class Ears:
         self._told: dict[str, set[str]] = {}
         self._not_before = 0.0
         self._questions = Questions()
+        #: From when on to ask again which queues are meant.
+        self._ask_from = 0.0
         self._has_heard = False
 
     def listen_to(self, tables: dict[str, Tables]) -> None:
-        """Listen to these databases, and to no other any more; called by any thread.
+        """Listen to these databases; called by any thread.
 
         Args:
-            tables: by database the queues on each table that tells, as notifications call it.
+            tables: by database the queues on each table that tells, as notifications call it; those of last
+                time, and perhaps more.
         """
         self._tables = tables
 
@@ -100,13 +105,8 @@ class Ears:
 
     def _read(self) -> None:
         """Read what was told; listen where that is not done yet, or not any more."""
-        tables = self._tables
-        for using in self._hearings.keys() - tables.keys():
-            del self._hearings[using]
-        for using in self._listen_from.keys() - tables.keys():
-            del self._listen_from[using]
-        for using, names in tables.items():
-            self._read_from(using, names)
+        for using, tables in self._tables.items():
+            self._read_from(using, tables)
 
     def _read_from(self, using: str, tables: Tables) -> None:
         hearing = self._hearings.get(using)
@@ -151,18 +151,20 @@ class Ears:
 
     def _perhaps_due(self, using: str, names: set[str]) -> Iterable[str]:
         """Return those that have due tasks; a single one, as its claim asks, too."""
-        if len(names) < 2 or connections[using].connection is None:
+        began = time.monotonic()
+        if len(names) < 2 or began < self._ask_from or connections[using].connection is None:
             return names
-        sweeps, began = self._questions.sweeps[using], time.monotonic()
-        is_whole = sweeps.is_due(began)
         try:
-            due = self._questions.perhaps_due(using, [self._queues[name] for name in names], is_whole)
+            # From the first row on: what is below a bound would not be found, and nobody would ask again.
+            queues = [self._queues[name] for name in names]
+            due = self._questions.perhaps_due(using, queues, is_whole=True)
         except Exception as error:  # which the claim will tell
             logger.debug("Nobody knows whether something is due in %s: %s", ", ".join(names), error)
-            _close(using)
+            if not engine_for(using).is_connected():
+                _close(using)
             return names
-        now = time.monotonic()
-        sweeps.note(is_whole, now, now - began)
+        if time.monotonic() - began > _DEAR:
+            self._ask_from = time.monotonic() + _PAUSE
         self._read()  # what was told meanwhile has come with the answer
         return due
 
