@@ -360,9 +360,11 @@ class _MariaDB:
         self._install = install
         self._owner = owner
         self._data, self._socket, self._log = folder / "data", folder / "socket", folder / "log"
+        # Its own, as a server that starts removes the temporary tables of all that share one.
+        self._tmpdir = f"--tmpdir={folder}"
         self.connection = {**MARIADB, "HOST": str(self._socket)}
         self.command = [
-            *(server, "--no-defaults", f"--datadir={self._data}", f"--socket={self._socket}"),
+            *(server, "--no-defaults", f"--datadir={self._data}", f"--socket={self._socket}", self._tmpdir),
             *("--skip-networking", f"--pid-file={folder / 'pid'}", "--character-set-server=utf8mb4"),
             *options,
         ]
@@ -372,7 +374,7 @@ class _MariaDB:
 
     def install(self) -> None:
         _run(
-            *(self._install, "--no-defaults", f"--datadir={self._data}"),
+            *(self._install, "--no-defaults", f"--datadir={self._data}", self._tmpdir),
             *("--auth-root-authentication-method=normal", "--skip-test-db"),
             **self._owner,
         )
