@@ -70,6 +70,7 @@ class Worker:
     def close(self):
         if self.members():
             os.killpg(self.pid, signal.SIGKILL)
+            wait_until(is_gone(self))  # until then they may hold a lock
         self.process.wait()
         self._output.close()
 
