@@ -30,7 +30,7 @@ def claim(rows, limit=1):
 @pytest.fixture
 def schema():
     with connection.cursor() as cursor:
-        cursor.execute("CREATE SCHEMA elsewhere")
+        cursor.execute("CREATE SCHEMA IF NOT EXISTS elsewhere")  # another test may have left it
     yield
     with connection.cursor() as cursor:
         cursor.execute("DROP SCHEMA elsewhere CASCADE")
