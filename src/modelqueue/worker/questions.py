@@ -42,6 +42,9 @@ class Questions:
     def perhaps_due(self, using: str, queues: Iterable[Queue[Any]], is_whole: bool) -> list[str]:
         """Return the names of those of several queues on a database that have due tasks.
 
+        Args:
+            is_whole: whether to read from the first row on, and not from the bounds.
+
         Raises:
             django.db.Error: it does not answer, or one of the queues can not be asked.
         """
