@@ -200,7 +200,8 @@ class Attempt(Generic[M]):
             engine: that of this thread; it does not wait for long.
         """
         self.engine = engine
-        self.forget_earlier_tries()
+        if self.as_left is not None:
+            self.forget_earlier_tries()
         asks_or_tells = self.source.error_field is not None or self.policy.next_priority is not None
         return (
             not (error is not None and asks_or_tells)

@@ -327,10 +327,17 @@ class PostgreSQLEngine(Engine):
 
     def is_aborted(self) -> bool:
         # Django notes the errors of its own atomic() and save() alone, PostgreSQL refuses after any.
-        return super().is_aborted() or self.connection.connection.info.transaction_status == _ABORTED
+        return super().is_aborted() or self._transaction_status == _ABORTED
 
     def _is_still_open(self) -> bool:
-        return bool(self.connection.connection.info.transaction_status != _IDLE)
+        return self._transaction_status != _IDLE
+
+    @property
+    def _transaction_status(self) -> int:
+        connection = self.connection.connection
+        # The `info` of psycopg 3 is made anew each time, and its status, too: 1 us for each task.
+        status: int = (connection.info if self._is_psycopg_2 else connection.pgconn).transaction_status
+        return status
 
     def _roll_back_open_transaction(self) -> bool:
         connection = self.connection.connection
