@@ -1,4 +1,4 @@
-"""Tables: medians with their spread, as Markdown."""
+"""Tables of figures, and how they are written: medians with their spread, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: A text, a figure, or what the rounds have given.
+Cell = str | float | list[float]
+Row = tuple[Cell, ...]
+
 
 @dataclass(frozen=True)
 class Table:
+    name: str
+    """By which a chart finds it."""
     title: str
     rule: str
     """How it was measured."""
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[Row]
     notes: tuple[str, ...] = ()
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", "", self.rule, ""]
-        lines += [_line(self.header), _line(["---"] * len(self.header)), *map(_line, self.rows)]
+        lines += [
+            _line(self.header),
+            _line(["---"] * len(self.header)),
+            *(_line(list(map(text, row))) for row in self.rows),
+        ]
         for note in self.notes:
             lines += ["", note]
         return "\n".join([*lines, ""])
@@ -26,6 +36,12 @@ class Table:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def text(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    return spread(cell) if isinstance(cell, list) else number(cell)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.bench import Bench
 from benchmarks.crew import Load, Turn
-from benchmarks.figures import Table, number
+from benchmarks.figures import Row, Table
 from benchmarks.machine import memory, processor
 from benchmarks.roster import OURS, PGQUEUER, RAW, Contender
 from benchmarks.stores import Postgres
@@ -39,7 +39,7 @@ def measure(bench: Bench) -> Iterator[Table]:
 
 
 def _of_tasks(bench: Bench) -> Table:
-    rows = []
+    rows: list[Row] = []
     for contender in (OURS, RAW, PGQUEUER):
         for indexes in _INDEXES if contender.table == OURS.table else (0,):
             found = bench.attempt(
@@ -47,10 +47,10 @@ def _of_tasks(bench: Bench) -> Table:
                 lambda contender=contender, indexes=indexes: _cost(bench, contender, indexes),
             )
             if found is not None:
-                rows.append((contender.name, str(indexes), *map(number, found)))
+                rows.append((contender.name, indexes, *found))
     rule = _RULE_OF_TASKS.format(tasks=f"{bench.options.tasks:,}", logged=f"{_LOGGED_TASKS:,}")
     costs = "bytes of the log", "transactions", "statements", "us of the worker", "us of the server"
-    return Table("What a task costs", rule, ("", "further indexes", *costs), rows)
+    return Table("cost", "What a task costs", rule, ("", "further indexes", *costs), rows)
 
 
 def _cost(bench: Bench, contender: Contender, indexes: int) -> list[float]:
@@ -79,7 +79,7 @@ def _turn(bench: Bench, contender: Contender, indexes: int, tasks: int, watch: C
 
 
 def _of_memory(bench: Bench) -> Table:
-    rows = []
+    rows: list[Row] = []
     for contender in bench.contenders():
         if contender is not RAW:
             most = bench.attempt(
@@ -87,8 +87,8 @@ def _of_memory(bench: Bench) -> Table:
                 lambda contender=contender: _memory(bench, contender),
             )
             if most is not None:
-                rows.append((contender.name, bench.store(contender.store).version, number(most)))
-    return Table("Memory", _RULE_OF_MEMORY, ("", "store", "MiB"), rows)
+                rows.append((contender.name, bench.store(contender.store).version, most))
+    return Table("memory", "Memory", _RULE_OF_MEMORY, ("", "store", "MiB"), rows)
 
 
 def _memory(bench: Bench, contender: Contender) -> float:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from benchmarks.bench import Bench
 from benchmarks.crew import Crew, Load
-from benchmarks.figures import Table, number, ratio, spread
+from benchmarks.figures import Row, Table, ratio
 from benchmarks.roster import OURS
 from benchmarks.stores import Postgres
 
@@ -42,13 +42,14 @@ def _under_snapshots(bench: Bench) -> Table:
             )
             if turn is not None:
                 found.append(turn)
-    rows = []
+    rows: list[Row] = []
     for snapshot, found in turns.items():
         kept = [last / first for _all, first, last in found]
         figures = [[rates[which] for rates in found] for which in range(3)]
-        rows.append((snapshot, *map(spread, [*figures, kept])))
+        rows.append((snapshot, *figures, kept))
     header = "open snapshots", "tasks/s", "first tenth", "last tenth", "last to first"
-    return Table("Old transactions", _RULE_OF_SNAPSHOTS.format(tasks=f"{tasks:,}"), header, rows)
+    rule = _RULE_OF_SNAPSHOTS.format(tasks=f"{tasks:,}")
+    return Table("snapshots", "Old transactions", rule, header, rows)
 
 
 def _turn_under(crew: Crew, snapshot: str) -> _Rates:
@@ -72,9 +73,9 @@ def _with_history(bench: Bench) -> Table:
             )
             if rate is not None:
                 found.append(rate)
-    rows = [(number(size), spread(found), ratio(found, rates[0])) for size, found in rates.items()]
+    rows = [(size, found, ratio(found, rates[0])) for size, found in rates.items()]
     rule = _RULE_OF_HISTORY.format(tasks=f"{tasks:,}")
-    return Table("History", rule, ("finished rows", "tasks/s", "to none"), rows)
+    return Table("history", "History", rule, ("finished rows", "tasks/s", "to none"), rows)
 
 
 def _rate_after(bench: Bench, size: int) -> float:

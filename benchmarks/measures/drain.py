@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.bench import Bench
 from benchmarks.crew import Load
-from benchmarks.figures import Table, number, ratio, spread
+from benchmarks.figures import Row, Table, ratio
 from benchmarks.roster import OURS, RAW, Contender
 
 #: No turn has fewer tasks.
@@ -39,6 +39,7 @@ def measure(bench: Bench) -> Iterator[Table]:
                 if (rate := _turn(bench, contender, processes)) is not None:
                     found.append(rate)
     yield Table(
+        "drain",
         "Drain",
         _RULE,
         (
@@ -60,7 +61,7 @@ def _tasks(bench: Bench, contender: Contender) -> int:
     return max(_FEWEST, int(bench.options.tasks * contender.share))
 
 
-def _row(bench: Bench, contender: Contender, rates: dict[Contender, _Rates]) -> tuple[str, ...]:
+def _row(bench: Bench, contender: Contender, rates: dict[Contender, _Rates]) -> Row:
     processes, found = bench.options.processes, rates[contender]
     ours = next(
         (of for one, of in rates.items() if one.name == OURS.name and one.store == contender.store), {}
@@ -70,8 +71,8 @@ def _row(bench: Bench, contender: Contender, rates: dict[Contender, _Rates]) -> 
         contender.name,
         bench.store(contender.store).version,
         contender.settings,
-        number(_tasks(bench, contender)),
-        *(spread(found.get(n, [])) for n in processes),
+        _tasks(bench, contender),
+        *(found.get(n, []) for n in processes),
         _ratios(ours, found, processes),
         _ratios(found, raw, processes),
     )

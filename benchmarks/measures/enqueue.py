@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.bench import Bench
 from benchmarks.crew import Load
-from benchmarks.figures import Table, spread
+from benchmarks.figures import Table
 from benchmarks.roster import RAW, Contender
 
 #: Tasks of a turn in which each is committed by itself, at most.
@@ -30,6 +30,7 @@ def measure(bench: Bench) -> Iterator[Table]:
                 if (rate := _turn(bench, contender, function)) is not None:
                     found.append(rate)
     yield Table(
+        "enqueue",
         "Enqueue",
         _RULE,
         ("", "store", "one at a time", "many at once"),
@@ -37,8 +38,8 @@ def measure(bench: Bench) -> Iterator[Table]:
             (
                 contender.name,
                 bench.store(contender.store).version,
-                spread(found["enqueue_singly"]),
-                spread(found["enqueue"]) if contender.adds_many else "",
+                found["enqueue_singly"],
+                found.get("enqueue", ""),
             )
             for contender, found in rates.items()
             if any(found.values())

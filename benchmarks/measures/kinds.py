@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.actions import SLEEPS, SPINS
 from benchmarks.bench import Bench
 from benchmarks.crew import Load
-from benchmarks.figures import Table, number, spread
+from benchmarks.figures import Row, Table
 from benchmarks.roster import OURS, PGQUEUER, PROCRASTINATE, Contender
 
 _RULE = (
@@ -62,14 +62,12 @@ def measure(bench: Bench) -> Iterator[Table]:
         for contender, case in cells:
             if (rate := _turn(bench, contender, case)) is not None:
                 rates[contender, case].append(rate)
-    rows = []
+    rows: list[Row] = []
     for (contender, case), found in rates.items():
         shares = [rate / case.ideal for rate in found]
-        ideal = number(case.ideal)
-        rows.append((contender.name, case.kind, case.slots_in_words, spread(found), ideal, spread(shares)))
-    yield Table(
-        "Tasks that take time", _RULE, ("", "a task", "slots", "tasks/s", "ideal", "share of it"), rows
-    )
+        rows.append((contender.name, case.kind, case.slots_in_words, found, case.ideal, shares))
+    header = "", "a task", "slots", "tasks/s", "ideal", "share of it"
+    yield Table("kinds", "Tasks that take time", _RULE, header, rows)
 
 
 def _turn(bench: Bench, contender: Contender, case: _Case) -> float | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.actions import count_told, told
 from benchmarks.bench import Bench
 from benchmarks.crew import Crew, Load
-from benchmarks.figures import Table, number, spread
+from benchmarks.figures import Row, Table, number, spread
 from benchmarks.roster import OURS
 from benchmarks.stores import Postgres
 
@@ -47,7 +47,7 @@ class _Turn:
 
 
 def measure(bench: Bench) -> Iterator[Table]:
-    rows, seconds = [], bench.options.seconds
+    seconds = bench.options.seconds
     maximal = []
     for _ in range(bench.options.further_rounds):
         turn = bench.attempt(
@@ -68,12 +68,14 @@ def measure(bench: Bench) -> Iterator[Table]:
             )
             if turn is not None:
                 found.append(turn)
+    rows: list[Row] = []
     for (trigger, snapshot), found in turns.items():
         quantiles = [[turn.quantile(percent) for turn in found] for percent in (50, 95, 99)]
         longest = [max(turn.waits) for turn in found]
         rates = [turn.rate for turn in found]
-        rows.append((_words(trigger, snapshot), *map(spread, [rates, *quantiles, longest])))
+        rows.append((_words(trigger, snapshot), rates, *quantiles, longest))
     yield Table(
+        "load",
         "How soon a task begins under load",
         _RULE.format(producers=_PRODUCERS, seconds=seconds, threads=Load(0).threads),
         ("", "tasks/s", "p50", "p95", "p99", "longest"),
