@@ -19,7 +19,7 @@ export UV_PROJECT_ENVIRONMENT := $(VENV)
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all peers kill-matrix outages soak clean
+.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all kill-matrix outages soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,14 +86,6 @@ bench: $(VENV)/.test $(VENV)/.mariadb ## measure the worker beside other queues,
 
 bench-all: $(VENV)/.test $(VENV)/.mariadb ## the same with more tasks and more rounds, for hours
 	$(PY) -m benchmarks --long $(ARGS)
-
-build/peers/.stamp: $(VENV)/.test
-	$(UV) venv --quiet --clear --python $(PY) $(@D)
-	$(UV) pip install --quiet --python $(@D) pgqueuer asyncpg uvloop procrastinate "psycopg[binary,pool]"
-	@touch $@
-
-peers: build/peers/.stamp ## measure how soon a worker begins a task, beside pgqueuer and procrastinate
-	$(PY) -m benchmarks.peers build/peers/bin/python $(ARGS)
 
 clean: ## remove what the targets have made
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache

@@ -1,12 +1,13 @@
 """Measures, and prints tables as Markdown: `python -m benchmarks`, which is `make bench`.
 
 Without --long it takes less than ten minutes. Each contender gets its packages from the package index, into
-an environment of its own below build/peers. What this machine lacks is called "not run".
+an environment of its own below build/contenders. What this machine lacks is called "not run".
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +15,20 @@ from functools import partial
 from benchmarks import machine
 from benchmarks.bench import Bench, Options
 from benchmarks.figures import Table
-from benchmarks.measures import cost, decay, drain, enqueue, kinds, load
+from benchmarks.measures import (
+    bulk,
+    cost,
+    decay,
+    drain,
+    enqueue,
+    existing,
+    indexes,
+    kinds,
+    load,
+    pickup,
+    trigger,
+)
+from benchmarks.roster import CONTENDERS
 
 MEASURES: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "drain": drain.measure,
@@ -22,9 +36,15 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "kinds": kinds.measure,
     "decay": decay.measure,
     "load": load.measure,
+    "pickup": pickup.measure,
     "cost": cost.measure,
+    "trigger": trigger.measure,
+    "bulk": bulk.measure,
+    "indexes": indexes.measure,
+    "existing": existing.measure,
 }
-
+#: What is measured with --long, or by its name, and not else.
+APART = ("trigger", "bulk", "indexes", "existing")
 
 DATABASES = ("postgres", "mariadb", "sqlite", "redis")
 
@@ -32,27 +52,13 @@ DATABASES = ("postgres", "mariadb", "sqlite", "redis")
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
-    long, servers = arguments.long, arguments.db or DATABASES
-    databases = [name.rstrip("0123456789") for name in servers]
-    _refuse(parser, "measure", set(arguments.measures) - set(MEASURES), MEASURES)
-    _refuse(parser, "database", set(databases) - set(DATABASES), DATABASES)
-    options = Options(
-        tasks=arguments.tasks or (100_000 if long else 20_000),
-        rounds=arguments.rounds or (5 if long else 3),
-        further_rounds=arguments.rounds or (5 if long else 1),
-        processes=arguments.processes or ([1, 2, 4] if long else [1, 2]),
-        databases=databases,
-        postgres=next((name for name in servers if name.startswith("postgres")), "postgres"),
-        only=arguments.only or [],
-        history=arguments.history or ([1_000_000] if long else [200_000]),
-        decay_tasks=arguments.decay_tasks or (300_000 if long else 30_000),
-        seconds=arguments.seconds or (20.0 if long else 5.0),
-    )
+    options = _options(parser, arguments)
+    measures = arguments.measures or [name for name in MEASURES if arguments.long or name not in APART]
     with ExitStack() as stack:
         bench = Bench(options, stack)
         before = machine.load()
         tables: list[Table] = []
-        for name in arguments.measures or MEASURES:
+        for name in measures:
             tables += bench.attempt(name, partial(_tables, bench, name)) or []
         print(machine.description(sorted(bench.versions)))
         print(
@@ -65,12 +71,37 @@ def main() -> None:
             print(f"- {what}: not run: {why}")
 
 
+def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
+    long, servers = arguments.long, arguments.db or DATABASES
+    # What is asked for by name is to be told in full. Of the others there is time for the beginning.
+    is_full = long or "pickup" in arguments.measures
+    databases = [re.sub(r"^postgres\d+$", "postgres", name) for name in servers]
+    _refuse(parser, "measure", arguments.measures, MEASURES)
+    _refuse(parser, "database", databases, DATABASES)
+    _refuse(parser, "contender", arguments.only or [], dict.fromkeys(one.name for one in CONTENDERS))
+    return Options(
+        tasks=arguments.tasks or (100_000 if long else 20_000),
+        rounds=arguments.rounds or (5 if long else 3),
+        further_rounds=arguments.rounds or (5 if long else 1),
+        processes=arguments.processes or ([1, 2, 4] if long else [1, 2]),
+        databases=databases,
+        postgres=next((name for name in servers if name.startswith("postgres")), "postgres"),
+        only=arguments.only or [],
+        history=arguments.history or ([1_000_000] if long else [200_000]),
+        decay_tasks=arguments.decay_tasks or (300_000 if long else 30_000),
+        seconds=arguments.seconds or (20.0 if long else 5.0),
+        waits=arguments.waits or (60 if is_full else 20),
+        queues=arguments.queues or ([1, 10] if is_full else [1]),
+        idle=(15.0 if is_full else 0.0) if arguments.idle is None else arguments.idle,
+    )
+
+
 def _tables(bench: Bench, name: str) -> list[Table]:
     return list(MEASURES[name](bench))
 
 
-def _refuse(parser: argparse.ArgumentParser, what: str, unknown: set[str], known: Iterable[str]) -> None:
-    if unknown:
+def _refuse(parser: argparse.ArgumentParser, what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := set(given) - set(known):
         parser.error(f"there is no {what} {' or '.join(sorted(unknown))}, only {', '.join(known)}")
 
 
@@ -79,18 +110,47 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("measures", nargs="*", metavar="MEASURE", help=f"{', '.join(MEASURES)}; all of them by default")
-    add("--long", action="store_true", help="more tasks, more rounds, also four processes")
+    names = ", ".join(MEASURES)
+    apart = ", ".join(APART)
+    add("measures", nargs="*", metavar="MEASURE", help=f"{names}; without --long all but {apart} by default")
+    add("--long", action="store_true", help="more tasks, more rounds, also four processes, and all measures")
     servers = f"{', '.join(DATABASES)} (all by default), or an installed PostgreSQL, as postgres15"
     add("--db", action="append", metavar="NAME", help=f"{servers}; can be given several times")
     add("--only", action="append", metavar="NAME", help="a contender; can be given several times")
-    add("--tasks", type=int, help="of a turn of the fastest")
-    add("--rounds", type=int)
-    add("--processes", type=int, nargs="+")
-    add("--history", type=int, nargs="+", help="finished rows in the full table")
-    add("--decay-tasks", type=int, help="of a turn under an open snapshot")
-    add("--seconds", type=float, help="of a turn under load")
+    add("--tasks", type=_count, help="of a turn of the fastest")
+    add("--rounds", type=_count)
+    add("--processes", type=_count, nargs="+")
+    add("--history", type=_size, nargs="+", help="finished rows in the full table")
+    add("--decay-tasks", type=_count, help="of a turn under an open snapshot")
+    add("--seconds", type=_seconds, help="of a turn of load or trigger")
+    add("--waits", type=_count, help="tasks of a turn of pickup")
+    add("--queues", type=_count, nargs="+", help="of one table, that a worker of pickup serves")
+    add("--idle", type=_idle, help="seconds without a task, in pickup; 0: it is not measured")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or (count := int(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return count
+
+
+def _size(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, more than 0 and up to 3600")
+    return seconds
+
+
+def _idle(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
 
 
 if __name__ == "__main__":

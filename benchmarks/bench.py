@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.crew import Crew, Load
 from benchmarks.environments import python_with, versions
+from benchmarks.inside import run_inside
 from benchmarks.roster import CONTENDERS, Contender
-from benchmarks.stores import Store, Unavailable, open_store
+from benchmarks.stores import Postgres, Store, Unavailable, open_store
 
 __all__ = ["Bench", "Options"]
 
@@ -33,6 +34,12 @@ class Options:
     history: Sequence[int]
     decay_tasks: int
     seconds: float
+    waits: int
+    """Tasks of a turn of which is told how soon each was begun."""
+    queues: Sequence[int]
+    """That share a table."""
+    idle: float
+    """Seconds without a task; 0: there is no such time."""
 
 
 @dataclass
@@ -45,10 +52,10 @@ class Bench:
     failures: dict[str, str] = field(default_factory=dict)
     is_stopped: bool = False
 
-    def contenders(self) -> list[Contender]:
+    def contenders(self, among: Iterable[Contender] = CONTENDERS) -> list[Contender]:
         """Return those that were asked for."""
         names, databases = self.options.only, self.options.databases
-        return [one for one in CONTENDERS if one.store in databases and (not names or one.name in names)]
+        return [one for one in among if one.store in databases and (not names or one.name in names)]
 
     def store(self, name: str) -> Store:
         """Return the store, which is opened the first time.
@@ -70,6 +77,15 @@ class Bench:
         if isinstance(found, str):
             raise Unavailable(found)
         return found
+
+    def postgres(self) -> Postgres:
+        store = self.store("postgres")
+        assert isinstance(store, Postgres)
+        return store
+
+    def inside(self, measure: str, *values: float) -> Any:
+        """Return what `inside` of a measure gives in a process of its own."""
+        return run_inside(measure, self.postgres(), *values)
 
     def crew(self, contender: Contender, load: Load, **more: str) -> Crew:
         """Return the contender, with its packages."""

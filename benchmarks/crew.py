@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.actions import count_told, told
-from benchmarks.environments import ROOT, python_with
+from benchmarks.environments import CHECKOUT, ROOT, python_with
 from benchmarks.roster import Contender
 from benchmarks.stores import Postgres, Spent, Store
 
@@ -145,6 +145,30 @@ class Crew:
             finally:
                 _end(processes)
 
+    @contextmanager
+    def feeding(self) -> Iterator[Callable[[int], float]]:
+        """Yield what adds a task to the queue with this number, and returns when that was committed."""
+        process = self.start(subprocess.PIPE, "feed", told=subprocess.PIPE)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        orders, answers = process.stdin, process.stdout
+
+        def add(number: int) -> float:
+            print(number, file=orders, flush=True)
+            said = ""
+            for line in answers:
+                if line.startswith("added "):
+                    return float(line.split()[1])
+                said = line
+            raise RuntimeError(f"adding a task has failed: {_last_line(said)}")
+
+        try:
+            yield add
+        finally:
+            orders.close()
+            process.wait()
+            answers.close()
+
     @property
     def _command(self) -> list[str]:
         contender = self.contender
@@ -153,7 +177,7 @@ class Crew:
 
     @property
     def _environment(self) -> dict[str, str]:
-        environment = {
+        return {
             **os.environ,
             **self.store.environment,
             **self.contender.environment,
@@ -162,20 +186,20 @@ class Crew:
             "BENCHMARK_THREADS": str(self.load.threads),
             "BENCHMARK_SLOTS": str(self.load.slots),
             "BENCHMARK_DRAIN": "1" if self.load.tasks else "0",
-            "PYTHONPATH": str(ROOT),
+            # Others must not see the package of this checkout.
+            "PYTHONPATH": str(ROOT) if self.contender.requirements else CHECKOUT,
             **self.more,
         }
-        if not self.contender.requirements:  # this checkout, of which others must not see the package
-            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-        return environment
 
-    def start(self, log: IO[str] | int, *call: str | int) -> subprocess.Popen[str]:
+    def start(
+        self, log: IO[str] | int, *call: str | int, told: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[str]:
         """Call a function of the contender, without waiting for its end."""
         return subprocess.Popen(
             [*self._command, *map(str, call)],
             env=self._environment,
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=told,
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from benchmarks.stores import Unavailable
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "contenders"
+#: What a process gets as PYTHONPATH that runs with this checkout.
+CHECKOUT = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
 
 
 @cache

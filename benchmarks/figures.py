@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
+
+__all__ = ["Cell", "Row", "Table", "median", "number", "quantile", "ratio", "spread", "text"]
 
 #: A text, a figure, or what the rounds have given.
 Cell = str | float | list[float]
@@ -44,21 +47,27 @@ def text(cell: Cell) -> str:
     return spread(cell) if isinstance(cell, list) else number(cell)
 
 
+def quantile(values: list[float], percent: int) -> float:
+    """Return what so many of a hundred values are below; of a single one, that."""
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
 def spread(values: Sequence[float]) -> str:
     """Return the median, with the lowest and the highest in brackets."""
     if not values:
         return "not measured"
-    median = statistics.median(values)
     if len(values) == 1:
-        return number(median)
-    return f"{number(median)} ({number(min(values))}-{number(max(values))})"
+        return number(values[0])
+    return f"{number(median(values))} ({number(min(values))}-{number(max(values))})"
 
 
 def ratio(values: Sequence[float], to: Sequence[float]) -> str:
     """Return how many times the median of the others the median of these is."""
     if not values or not to:
         return ""
-    return f"{statistics.median(values) / statistics.median(to):.2f}"
+    return f"{median(values) / median(to):.2f}"
 
 
 def number(value: float) -> str:

@@ -22,17 +22,21 @@ def tell() -> None:
 
 
 class Moments:
-    def __init__(self, receiver: socket.socket) -> None:
+    def __init__(self, receiver: socket.socket, address: str) -> None:
         self._receiver = receiver
+        self.address = address
+        """What a process has to have as BENCHMARK_MOMENTS."""
 
     def next(self) -> float:
         """Wait for the next action to begin; return when it did."""
-        return float(self._receiver.recv(100))
+        try:
+            return float(self._receiver.recv(100))
+        except TimeoutError:
+            raise TimeoutError(f"No task was begun within {PATIENCE:.0f} s.") from None
 
 
 @contextmanager
 def moments() -> Iterator[Moments]:
-    """Receive what the processes tell that are started meanwhile."""
     with (
         tempfile.TemporaryDirectory(prefix="modelqueue-") as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver,
@@ -40,5 +44,4 @@ def moments() -> Iterator[Moments]:
         address = str(Path(folder) / "moments")
         receiver.bind(address)
         receiver.settimeout(PATIENCE)
-        os.environ["BENCHMARK_MOMENTS"] = address
-        yield Moments(receiver)
+        yield Moments(receiver, address)

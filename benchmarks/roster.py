@@ -45,7 +45,7 @@ class Contender:
 _TASK = {"table": "project_task", "done": "project_task WHERE status >= 4000000000000000000"}
 _LEFT = "project_task WHERE status < 4000000000000000000"
 _OLD = "modelqueue==2.2.1", "pytz", f"Django=={django.__version__}"
-_LOOP = {"BENCHMARK_APPS": ""}
+_LOOP = {"BENCHMARK_APPS": "benchmarks.project"}  # release 2.2.1 is no app
 
 OURS = Contender("ModelQueue", "worker", "postgres", (), "defaults", {}, **_TASK, has_processes=True)
 RAW = Contender(
@@ -55,7 +55,7 @@ PGQUEUER = Contender(
     "pgqueuer",
     "with_pgqueuer",
     "postgres",
-    ("pgqueuer", "asyncpg", "uvloop"),
+    ("pgqueuer", "asyncpg", "uvloop", "psycopg[binary]"),
     "batches of 1,000, asyncpg, uvloop",
     {"BENCHMARK_BATCH": "1000"},
     table="pgqueuer",

@@ -25,7 +25,7 @@ from benchmarks import machine
 from tests import servers
 from tests.servers import Unavailable
 
-__all__ = ["Postgres", "Spent", "Store", "Unavailable", "open_store"]
+__all__ = ["Postgres", "Sent", "Spent", "Store", "Unavailable", "open_store"]
 
 _NAME = "benchmark"
 #: Seconds in which no further process has come before all are taken to be there.
@@ -55,6 +55,14 @@ class Spent:
         )
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What a database was sent in a second; None: it does not tell."""
+
+    transactions: float | None = None
+    statements: float | None = None
+
+
 class Store:
     def __init__(self, version: str, environment: dict[str, str]) -> None:
         self.version = version
@@ -68,6 +76,11 @@ class Store:
         """Return whether there are such rows, "table WHERE condition"."""
         raise NotImplementedError
 
+    def sent_within(self, seconds: float) -> Sent:
+        """Wait so long, and return what others have sent to it meanwhile."""
+        time.sleep(seconds)
+        return Sent()
+
     @contextmanager
     def closed(self, table: str) -> Iterator[Callable[[int], float] | None]:
         """Let nobody claim until what is yielded is called, which waits for so many processes first.
@@ -80,7 +93,9 @@ class Store:
 class Postgres(Store):
     def __init__(self, server: servers.Server) -> None:
         self._server = server
-        self.connection = {**server.connection, "NAME": _NAME}
+        self.server = server.connection
+        """How Django connects to it, but for the name of a database."""
+        self.connection = {**self.server, "NAME": _NAME}
         self.session = self.connect("postgres")
         self.session.execute("ALTER SYSTEM SET track_commit_timestamp = on")
         self.session.close()
@@ -107,6 +122,15 @@ class Postgres(Store):
         return psycopg.connect(
             host=self.connection["HOST"], user=self.connection["USER"], dbname=name, autocommit=True
         )
+
+    @contextmanager
+    def empty_database(self) -> Iterator[dict[str, str]]:
+        """Have a further one; yield the environment by which it is found."""
+        self.session.execute("CREATE DATABASE further")
+        try:
+            yield _for_django({**self.server, "NAME": "further"})
+        finally:
+            self.session.execute("DROP DATABASE further WITH (FORCE)")
 
     def value(self, sql: str, *values: object) -> Any:
         return self.session.execute(sql, values).fetchone()[0]
@@ -180,14 +204,31 @@ class Postgres(Store):
     def spent(self) -> Spent:
         """Return what it has done so far."""
         written = self.value("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
-        transactions = self.value(
-            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+        server = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        return Spent(int(written), self._transactions(), self._logged_statements(), machine.processor(server))
+
+    def sent_within(self, seconds: float) -> Sent:
+        with self.logging():
+            transactions, statements = self._transactions(), self._logged_statements()
+            time.sleep(seconds)
+            statements = self._logged_statements() - statements
+            transactions = self._transactions() - transactions - 1  # which was the question itself
+        return Sent(transactions / seconds, statements / seconds)
+
+    def _transactions(self) -> int:
+        return int(
+            self.value(
+                "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+            )
         )
-        folder = Path(self.connection["HOST"])
-        server = int((folder / "data" / "postmaster.pid").read_text().split()[0])
-        return Spent(
-            int(written), int(transactions), _count_statements(folder / "log"), machine.processor(server)
-        )
+
+    def _logged_statements(self) -> int:
+        with (self._folder / "log").open(errors="replace") as lines:
+            return sum("LOG:  statement: " in line or "LOG:  execute " in line for line in lines)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.connection["HOST"])
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -215,8 +256,17 @@ class _Other(Store):
         return bool(self._cursor.fetchall())
 
 
-def _count_statements(log: Path) -> int:
-    return sum("LOG:  statement: " in line or "LOG:  execute " in line for line in log.open(errors="replace"))
+class _MariaDB(_Other):
+    def sent_within(self, seconds: float) -> Sent:
+        before = self._statements()
+        time.sleep(seconds)
+        return Sent(statements=(self._statements() - before - 1) / seconds)  # one was the question itself
+
+    def _statements(self) -> int:
+        self._cursor.execute(
+            "SELECT variable_value FROM information_schema.global_status WHERE variable_name = 'QUERIES'"
+        )
+        return int(self._cursor.fetchone()[0])
 
 
 def _for_django(connection: dict[str, Any]) -> dict[str, str]:
@@ -257,7 +307,7 @@ def _mariadb() -> Iterator[Store]:
             cursor.execute(f"USE {_NAME}")
             cursor.execute("SELECT version()")
             version = cursor.fetchone()[0].partition("-")[0]
-            yield _Other(f"MariaDB {version}", _for_django({**server, "NAME": _NAME}), cursor)
+            yield _MariaDB(f"MariaDB {version}", _for_django({**server, "NAME": _NAME}), cursor)
 
 
 @contextmanager

@@ -341,10 +341,10 @@ def test_every_block_of_code_is_run_somewhere():
 @pytest.mark.vendor("postgresql")
 @pytest.mark.django_db
 def test_queue_is_added_to_a_table_with_rows(settings):
-    from benchmarks.existing_table import measure
+    from benchmarks.measures.existing import go_through
 
     server = connection.settings_dict
-    results = measure({key: server[key] for key in ("ENGINE", "HOST", "USER")}, rows=6000)
+    results = go_through({key: server[key] for key in ("ENGINE", "HOST", "USER")}, rows=6000)
     assert len(results) == 8, results
 
 

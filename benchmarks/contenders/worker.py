@@ -1,10 +1,11 @@
-"""`manage.py modelqueue worker --drain` on one queue of an ordinary model."""
+"""`manage.py modelqueue worker` on one queue of an ordinary model."""
 
 from __future__ import annotations
 
 import os
 import random
 import time
+from typing import Any
 
 import django
 from django.core.management import call_command
@@ -12,7 +13,17 @@ from django.db import connection
 
 from benchmarks.actions import teller_into
 
-__all__ = ["create", "enqueue", "enqueue_singly", "history", "listen", "produce", "work"]
+__all__ = [
+    "create",
+    "enqueue",
+    "enqueue_singly",
+    "history",
+    "listen",
+    "make_table",
+    "make_trigger",
+    "produce",
+    "work",
+]
 
 os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.project.settings"
 
@@ -21,10 +32,8 @@ def create() -> None:
     django.setup()
     from benchmarks.project.models import Task
 
+    make_table(Task)
     with connection.schema_editor() as editor:
-        if Task._meta.db_table in connection.introspection.table_names():
-            editor.delete_model(Task)
-        editor.create_model(Task)
         for index in range(int(os.environ.get("BENCHMARK_INDEXES", "0"))):
             editor.execute(f"CREATE INDEX further_{index} ON {Task._meta.db_table} (data)")
 
@@ -65,11 +74,8 @@ def listen() -> None:
     """Let a trigger tell of each task (PostgreSQL)."""
     django.setup()
     from benchmarks.project.models import Task
-    from modelqueue.engines import engine_for
 
-    with connection.schema_editor() as editor:
-        for sql in engine_for("default").create_notify_trigger(Task._meta.db_table, "status"):
-            editor.execute(sql, None)
+    make_trigger(Task)
 
 
 def produce(number: int) -> None:
@@ -103,3 +109,22 @@ def work() -> None:
         f"--processes={os.environ['BENCHMARK_PROCESSES']}",
         f"--threads={os.environ['BENCHMARK_THREADS']}",
     )
+
+
+# The parts of it that do not depend on the model
+
+
+def make_table(model: type[Any]) -> None:
+    """Make it anew, empty."""
+    with connection.schema_editor() as editor:
+        if model._meta.db_table in connection.introspection.table_names():
+            editor.delete_model(model)
+        editor.create_model(model)
+
+
+def make_trigger(model: type[Any]) -> None:
+    from modelqueue.engines import engine_for
+
+    with connection.schema_editor() as editor:
+        for sql in engine_for("default").create_notify_trigger(model._meta.db_table, "status"):
+            editor.execute(sql, None)

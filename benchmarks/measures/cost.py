@@ -10,7 +10,6 @@ from benchmarks.crew import Load, Turn
 from benchmarks.figures import Row, Table
 from benchmarks.machine import memory, processor
 from benchmarks.roster import OURS, PGQUEUER, RAW, Contender
-from benchmarks.stores import Postgres
 
 _INDEXES = (0, 4, 8)
 #: Each statement of theirs goes into the server's log.
@@ -40,7 +39,7 @@ def measure(bench: Bench) -> Iterator[Table]:
 
 def _of_tasks(bench: Bench) -> Table:
     rows: list[Row] = []
-    for contender in (OURS, RAW, PGQUEUER):
+    for contender in bench.contenders((OURS, RAW, PGQUEUER)):
         for indexes in _INDEXES if contender.table == OURS.table else (0,):
             found = bench.attempt(
                 f"what a task costs: {contender.name}, {indexes} further indexes",
@@ -60,9 +59,7 @@ def _cost(bench: Bench, contender: Contender, indexes: int) -> list[float]:
         taken.append(processor(worker))
 
     turn = _turn(bench, contender, indexes, bench.options.tasks, look)
-    store = bench.store(contender.store)
-    assert isinstance(store, Postgres)
-    with store.logging():
+    with bench.postgres().logging():
         logged = _turn(bench, contender, indexes, _LOGGED_TASKS, lambda worker: None)
     spent, tasks = turn.spent, len(turn.outcomes)
     seconds = max(taken) - taken[0], spent.processor

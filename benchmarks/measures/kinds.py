@@ -57,6 +57,8 @@ _ASYNCHRONOUS = [
 def measure(bench: Bench) -> Iterator[Table]:
     cells: list[tuple[Contender, _Case]] = [(OURS, case) for case in [*_THREADED, *_ASYNCHRONOUS]]
     cells += [(peer, case) for case in _ASYNCHRONOUS for peer in (PGQUEUER, PROCRASTINATE)]
+    wanted = bench.contenders((OURS, PGQUEUER, PROCRASTINATE))
+    cells = [(contender, case) for contender, case in cells if contender in wanted]
     rates: dict[tuple[Contender, _Case], list[float]] = {cell: [] for cell in cells}
     for _ in range(bench.options.further_rounds):
         for contender, case in cells:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from benchmarks.actions import count_told, told
 from benchmarks.bench import Bench
 from benchmarks.crew import Crew, Load
-from benchmarks.figures import Row, Table, number, spread
+from benchmarks.figures import Row, Table, median, number, quantile, spread
 from benchmarks.roster import OURS
 from benchmarks.stores import Postgres
 
@@ -42,9 +41,6 @@ class _Turn:
     waits: list[float]
     """Milliseconds of each."""
 
-    def quantile(self, percent: int) -> float:
-        return statistics.quantiles(self.waits, n=100, method="inclusive")[percent - 1]
-
 
 def measure(bench: Bench) -> Iterator[Table]:
     seconds = bench.options.seconds
@@ -57,7 +53,7 @@ def measure(bench: Bench) -> Iterator[Table]:
             maximal.append(turn.rate)
     if not maximal:
         return
-    rate = statistics.median(maximal) / 2
+    rate = median(maximal) / 2
     turns: dict[tuple[bool, bool], list[_Turn]] = {case: [] for case in _CASES}
     for _ in range(bench.options.further_rounds):
         for (trigger, snapshot), found in turns.items():
@@ -70,7 +66,7 @@ def measure(bench: Bench) -> Iterator[Table]:
                 found.append(turn)
     rows: list[Row] = []
     for (trigger, snapshot), found in turns.items():
-        quantiles = [[turn.quantile(percent) for turn in found] for percent in (50, 95, 99)]
+        quantiles = [[quantile(turn.waits, percent) for turn in found] for percent in (50, 95, 99)]
         longest = [max(turn.waits) for turn in found]
         rates = [turn.rate for turn in found]
         rows.append((_words(trigger, snapshot), rates, *quantiles, longest))

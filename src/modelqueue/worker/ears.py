@@ -2,7 +2,7 @@
 
 Else the supervisor hears of them, see `modelqueue.worker.listener`, and wakes a claimer. Before that one has
 its turn another process of ours and another session of the server have to wake up: 0.4 of the 1.4 ms from the
-commit of a task to its action (`make peers`, two cores of an AMD EPYC, 27 November 2026). With several
+commit of a task to its action (`make bench`, two cores of an AMD EPYC, 27 November 2026). With several
 processes all of them would wake up for each task, so there the supervisor chooses one.
 
 It is a help and no more. A session that has come to an end is closed here; as somebody may have told of a

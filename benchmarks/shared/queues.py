@@ -1,12 +1,12 @@
-"""Queues, as many as the benchmark says, which tell when a task has begun."""
+"""Queues, as many as BENCHMARK_QUEUES says, which tell when a task has begun; a single one has all rows."""
 
 from __future__ import annotations
 
 import os
 
 import modelqueue
-from benchmarks.latency.models import Task
 from benchmarks.moments import tell
+from benchmarks.shared.models import Task
 
 
 def note(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""One table of tasks, which ten queues share."""
+"""One table of tasks."""
 
 from __future__ import annotations
 

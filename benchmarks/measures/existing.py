@@ -1,15 +1,10 @@
-"""Measure the how-to "Add a queue to an existing table": the files of the page, on a table of a million rows.
+"""How long the steps of the how-to "Add a queue to an existing table" take, and hold up the application.
 
-    python -m benchmarks.existing_table --rows 1000000 --db postgres
-
-Runs the page's own steps in a project of its own, on a PostgreSQL server that it starts (durable, as
-PostgreSQL is by default). Meanwhile another connection updates one row after the other; the longest
-of these updates tells how long a step has held up the application.
+The page's own files and commands are run, in a project of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,19 +12,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.bench import Bench
+from benchmarks.environments import ROOT
+from benchmarks.figures import Table
+from tests import pages
 
-from tests import pages, servers  # noqa: E402
+_RULE = (
+    'The steps of the how-to "Add a queue to an existing table" on a table of {rows:,} rows, on PostgreSQL. '
+    "Meanwhile another connection updates one row after the other: the longest of these updates tells how "
+    "long a step has held up the application. Before each step stands the line of its block in the page."
+)
 
-PAGE = pages.DOCS / "howto" / "existing-table.md"
-NAME = "modelqueue_existing_table"
+_PAGE = pages.DOCS / "howto" / "existing-table.md"
+_NAME = "modelqueue_existing_table"
 
-SETTINGS = """
+_SETTINGS = """
 import json, os
 DATABASES = {"default": json.loads(os.environ["EXISTING_TABLE"])}
 INSTALLED_APPS = ["modelqueue", "photos"]
@@ -37,13 +38,13 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 SECRET_KEY = "benchmark"
 USE_TZ = True
 """
-MANAGE = """
+_MANAGE = """
 import os, sys
 from django.core.management import execute_from_command_line
 os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
 execute_from_command_line(sys.argv)
 """
-CLAIM = """
+_CLAIM = """
 import time
 import modelqueue
 from photos.models import Photo
@@ -62,48 +63,33 @@ print(sorted(times)[100], tally, counts["waiting"] + counts["finished"])
 """
 
 
-class Bystander:
-    """Another connection that updates one row after the other, and notes how long that took."""
-
-    def __init__(self, connect: Callable[[], Any], rows: int) -> None:
-        self._stopped = threading.Event()
-        self._connect, self._rows = connect, rows
-        self._thread = threading.Thread(target=self._run)
-        self.longest = 0.0
-
-    def _run(self) -> None:
-        with self._connect() as connection:
-            pk = 0
-            while not self._stopped.wait(0.005):
-                pk = pk % self._rows + 997
-                started = time.perf_counter()
-                connection.execute("UPDATE photos_photo SET path = path WHERE id = %s", [pk])
-                self.longest = max(self.longest, time.perf_counter() - started)
-
-    def __enter__(self) -> Bystander:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+def measure(bench: Bench) -> Iterator[Table]:
+    rows = bench.options.history[-1]
+    steps = go_through(bench.postgres().server, rows)
+    yield Table(
+        "existing",
+        "A queue on an existing table",
+        _RULE.format(rows=rows),
+        ("step", "seconds", "ms of the longest update"),
+        [(step, seconds, longest * 1000) for step, (seconds, longest) in steps.items()],
+    )
 
 
-def measure(server: dict[str, Any], rows: int) -> dict[str, tuple[float, float]]:
+def go_through(server: dict[str, Any], rows: int) -> dict[str, tuple[float, float]]:
     """Go through the steps of the page; return the seconds of each and of the longest update meanwhile."""
     import psycopg
 
-    def connect(name: str = NAME) -> Any:
+    def connect(name: str = _NAME) -> Any:
         return psycopg.connect(host=server["HOST"], user=server["USER"], dbname=name, autocommit=True)
 
     with connect("postgres") as admin:
-        admin.execute(f"CREATE DATABASE {NAME}")
+        admin.execute(f"CREATE DATABASE {_NAME}")
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            return _measure(Path(temporary), {**server, "NAME": NAME}, connect, rows)
+            return _measure(Path(temporary), {**server, "NAME": _NAME}, connect, rows)
     finally:
         with connect("postgres") as admin:
-            admin.execute(f"DROP DATABASE {NAME} WITH (FORCE)")
+            admin.execute(f"DROP DATABASE {_NAME} WITH (FORCE)")
 
 
 def _measure(
@@ -124,19 +110,19 @@ def _measure(
     results = {}
 
     def timed(step: str, *arguments: str) -> str:
-        with Bystander(connect, rows) as bystander:
+        with _Bystander(connect, rows) as bystander:
             started = time.perf_counter()
             output = manage(*arguments)
             results[step] = time.perf_counter() - started, bystander.longest
         return output
 
-    (folder / "settings.py").write_text(SETTINGS)
-    (folder / "manage.py").write_text(MANAGE)
+    (folder / "settings.py").write_text(_SETTINGS)
+    (folder / "manage.py").write_text(_MANAGE)
     for package in ("photos", "photos/migrations", "photos/management", "photos/management/commands"):
         (folder / package).mkdir()
         (folder / package / "__init__.py").touch()
 
-    steps = iter(pages.blocks(PAGE, "python", "console"))
+    steps = iter(pages.blocks(_PAGE, "python", "console"))
     block = next(steps)
     block.write(folder)  # the model as it was
     manage("makemigrations", "photos")
@@ -163,7 +149,7 @@ def _measure(
             "SELECT bool_and(indisvalid) FROM pg_index WHERE indexrelid = 'photo_status'::regclass"
         ).fetchone()
         assert valid
-    (folder / "claim.py").write_text(CLAIM)
+    (folder / "claim.py").write_text(_CLAIM)
     median, tally, total = manage("shell", "-v", "0", "-c", "import claim").split()
     assert int(total) == rows
     results["claim, action and outcome of one task, median of 200"] = float(median), 0.0
@@ -172,17 +158,28 @@ def _measure(
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--db", default="postgres", help="postgres or, with an installed one, postgres15")
-    options = parser.parse_args()
-    with servers.start(options.db, durable=True) as server:
-        for step, (seconds, longest) in measure(server, options.rows).items():
-            print(f"{seconds:9.4f} s   longest update meanwhile {longest * 1000:8.1f} ms   {step}")
+class _Bystander:
+    """Another connection that updates one row after the other, and notes how long that took."""
 
+    def __init__(self, connect: Callable[[], Any], rows: int) -> None:
+        self._stopped = threading.Event()
+        self._connect, self._rows = connect, rows
+        self._thread = threading.Thread(target=self._run)
+        self.longest = 0.0
 
-if __name__ == "__main__":
-    main()
+    def _run(self) -> None:
+        with self._connect() as connection:
+            pk = 0
+            while not self._stopped.wait(0.005):
+                pk = pk % self._rows + 997
+                started = time.perf_counter()
+                connection.execute("UPDATE photos_photo SET path = path WHERE id = %s", [pk])
+                self.longest = max(self.longest, time.perf_counter() - started)
+
+    def __enter__(self) -> _Bystander:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join()

@@ -1,1 +1,0 @@
-"""How soon a worker begins a task, beside pgqueuer and procrastinate: `make peers`."""

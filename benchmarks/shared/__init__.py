@@ -1,0 +1,1 @@
+"""A Django app with one table of tasks, which several queues share."""
