@@ -25,6 +25,7 @@ from benchmarks.measures import (
     indexes,
     kinds,
     load,
+    neighbour,
     pickup,
     trigger,
 )
@@ -38,6 +39,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "load": load.measure,
     "pickup": pickup.measure,
     "cost": cost.measure,
+    "neighbour": neighbour.measure,
     "trigger": trigger.measure,
     "bulk": bulk.measure,
     "indexes": indexes.measure,
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=_count, nargs="+")
     add("--history", type=_size, nargs="+", help="finished rows in the full table")
     add("--decay-tasks", type=_count, help="of a turn under an open snapshot")
-    add("--seconds", type=_seconds, help="of a turn of load or trigger")
+    add("--seconds", type=_seconds, help="of a turn of load or trigger, and of the client of neighbour alone")
     add("--waits", type=_count, help="tasks of a turn of pickup")
     add("--queues", type=_count, nargs="+", help="of one table, that a worker of pickup serves")
     add("--idle", type=_idle, help="seconds without a task, in pickup; 0: it is not measured")

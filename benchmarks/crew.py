@@ -80,7 +80,7 @@ class Crew:
     def drain(
         self,
         history: int = 0,
-        beside: AbstractContextManager[None] | None = None,
+        beside: AbstractContextManager[object] | None = None,
         watch: Callable[[int], None] = lambda process: None,
     ) -> Turn:
         """Make new tables, add the tasks and have them done.
