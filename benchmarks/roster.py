@@ -36,6 +36,8 @@ class Contender:
     """One command starts as many as it is asked for."""
     ends: bool = True
     """It stops when nothing is left."""
+    sessions: int = 0
+    """In how many each of its processes commits (PostgreSQL); 0: that depends on how many tasks it runs."""
 
     @property
     def is_slow(self) -> bool:
@@ -47,9 +49,24 @@ _LEFT = "project_task WHERE status < 4000000000000000000"
 _OLD = "modelqueue==2.2.1", "pytz", f"Django=={django.__version__}"
 _LOOP = {"BENCHMARK_APPS": "benchmarks.project"}  # release 2.2.1 is no app
 
-OURS = Contender("ModelQueue", "worker", "postgres", (), "defaults", {}, **_TASK, has_processes=True)
+OURS = Contender(
+    "ModelQueue",
+    "worker",
+    "postgres",
+    settings="defaults",
+    **_TASK,
+    has_processes=True,
+    sessions=2,  # one claims, one writes outcomes
+)
 RAW = Contender(
-    "raw SQL, 100 rows at a time", "raw", "postgres", (), "psycopg", {"BENCHMARK_BATCH": "100"}, **_TASK
+    "raw SQL, 100 rows at a time",
+    "raw",
+    "postgres",
+    (),
+    "psycopg",
+    {"BENCHMARK_BATCH": "100"},
+    **_TASK,
+    sessions=1,
 )
 PGQUEUER = Contender(
     "pgqueuer",
@@ -60,6 +77,7 @@ PGQUEUER = Contender(
     {"BENCHMARK_BATCH": "1000"},
     table="pgqueuer",
     done="pgqueuer_log WHERE status = 'successful'",
+    sessions=1,
 )
 PROCRASTINATE = Contender(
     "procrastinate",
@@ -85,9 +103,18 @@ CONTENDERS = [
         {"BENCHMARK_BATCH": "1"},
         **_TASK,
         share=0.25,
+        sessions=1,
     ),
     Contender(
-        "ModelQueue, loops of `run`", "loop", "postgres", (), "one task at a time", _LOOP, **_TASK, share=0.15
+        "ModelQueue, loops of `run`",
+        "loop",
+        "postgres",
+        (),
+        "one task at a time",
+        _LOOP,
+        **_TASK,
+        share=0.15,
+        sessions=1,
     ),
     PROCRASTINATE,
     Contender(
@@ -100,6 +127,7 @@ CONTENDERS = [
         done="django_tasks_database_dbtaskresult WHERE status = 'SUCCESSFUL'",
         adds_many=False,
         share=0.05,
+        sessions=1,
     ),
     Contender(
         "modelqueue 2.2.1",
@@ -110,6 +138,7 @@ CONTENDERS = [
         _LOOP,
         **_TASK,
         share=0.05,
+        sessions=1,
     ),
     Contender("ModelQueue", "worker", "mariadb", (), "defaults", left=_LEFT, has_processes=True, share=0.5),
     Contender(

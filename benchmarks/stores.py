@@ -41,6 +41,8 @@ class Spent:
     bytes: int = 0
     """Of its write-ahead log."""
     transactions: int = 0
+    commits: int = 0
+    """Transactions among them that have changed something, so that they had to wait for the disk."""
     statements: int = 0
     """As far as they were written down."""
     processor: float = 0.0
@@ -50,6 +52,7 @@ class Spent:
         return Spent(
             self.bytes - before.bytes,
             self.transactions - before.transactions,
+            self.commits - before.commits,
             self.statements - before.statements,
             self.processor - before.processor,
         )
@@ -205,7 +208,15 @@ class Postgres(Store):
         """Return what it has done so far."""
         written = self.value("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
         server = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
-        return Spent(int(written), self._transactions(), self._logged_statements(), machine.processor(server))
+        # Who only reads takes no number.
+        commits = self.value("SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+        return Spent(
+            int(written),
+            self._transactions(),
+            int(commits),
+            self._logged_statements(),
+            machine.processor(server),
+        )
 
     def sent_within(self, seconds: float) -> Sent:
         with self.logging():

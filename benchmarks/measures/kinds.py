@@ -13,9 +13,9 @@ from benchmarks.figures import Row, Table
 from benchmarks.roster import OURS, PGQUEUER, PROCRASTINATE, Contender
 
 _RULE = (
-    "Tasks per second, counted as in the first table, on PostgreSQL. The ideal is what all slots would do "
-    "that never wait for a next task: slots by seconds of a task, and for tasks of the processor cores "
-    "by seconds."
+    "Tasks per second, counted as in the first table, on PostgreSQL. The ideal, which is the ceiling here, "
+    "is what all slots would do that never wait for a next task: slots by seconds of a task, and for tasks "
+    "of the processor cores by seconds."
 )
 #: Seconds that a turn would take ideally.
 _SECONDS = 2.0

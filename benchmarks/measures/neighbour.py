@@ -17,12 +17,12 @@ _STATEMENTS = {"select": "SELECT by primary key", "insert": "INSERT with commit"
 _FEWEST = 500
 
 _RULE = (
-    "Statements per second of one client of PostgreSQL (psycopg) that sends one after the other to a table of "
-    "its own, as fast as it can, and milliseconds of each: alone for {seconds:g} s, and while a worker of one "
-    "process drains tasks that do nothing, from its first claim to its last outcome; a slow one gets fewer "
-    "tasks. A worker that does little takes little from the client, so the last column counts by what was "
-    "done: how many milliseconds of its time the client has lost for a thousand tasks, which is the time of "
-    "the drain times the part by which the client was slower than alone."
+    "Statements per second of one client of PostgreSQL (psycopg) that sends one after the other to a table "
+    "of its own, as fast as it can, and milliseconds of each: alone for {seconds:g} s, and while a worker of "
+    "one process drains tasks that do nothing, from its first claim to its last outcome; a slow one gets "
+    "fewer tasks. A worker that does little takes little from the client, so the last column counts by what "
+    "was done: how many milliseconds of its time the client has lost for a thousand tasks, which is the time "
+    "of the drain times the part by which the client was slower than alone."
 )
 
 
