@@ -7,6 +7,7 @@ COVER ?=
 ARGS ?=
 MINUTES ?= 1
 SEED ?=
+FROM ?= docs/reference/benchmarks.json
 PYTHON ?= python3
 
 VENV := .venv
@@ -19,7 +20,7 @@ export UV_PROJECT_ENVIRONMENT := $(VENV)
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all kill-matrix outages soak clean
+.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all charts kill-matrix outages soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +88,9 @@ bench: $(VENV)/.test $(VENV)/.mariadb ## measure the worker beside other queues,
 bench-all: $(VENV)/.test $(VENV)/.mariadb ## the same with more tasks and more rounds, for hours
 	$(PY) -m benchmarks --long $(ARGS)
 
+charts: $(VENV)/.test $(VENV)/.charts ## draw the charts of a stored result of the benchmarks (FROM=file.json)
+	$(PY) -m benchmarks --from $(FROM) --charts docs/reference/charts
+
 clean: ## remove what the targets have made
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache
 
@@ -97,7 +101,7 @@ $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs $(VENV)/.matrix: $(VENV)/.%: pyproject.toml uv.lock | $(UV)
+$(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs $(VENV)/.matrix $(VENV)/.charts: $(VENV)/.%: pyproject.toml uv.lock | $(UV)
 	$(UV) sync --quiet --frozen --inexact --no-default-groups --group $*
 	@touch $@
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
-from benchmarks import machine
-from benchmarks.bench import Bench, Options
+from benchmarks import charts, machine
+from benchmarks.bench import Bench, Options, say
 from benchmarks.figures import Table
 from benchmarks.measures import (
     bulk,
@@ -29,6 +31,7 @@ from benchmarks.measures import (
     pickup,
     trigger,
 )
+from benchmarks.report import Report
 from benchmarks.roster import CONTENDERS
 
 MEASURES: dict[str, Callable[[Bench], Iterator[Table]]] = {
@@ -54,23 +57,43 @@ DATABASES = ("postgres", "mariadb", "sqlite", "redis")
 def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
-    options = _options(parser, arguments)
+    if arguments.stored is None:
+        report = _measured(_options(parser, arguments), arguments)
+    else:
+        report = _stored(parser, arguments)
+    print(report.markdown())
+    if arguments.save is not None:
+        report.save(arguments.save)
+    if arguments.charts is not None:
+        for image in charts.draw(report.tables, arguments.charts):
+            print(image)
+
+
+def _stored(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Report:
+    if arguments.measures:
+        parser.error("with --from nothing is measured, so that no measure can be named")
+    try:
+        return Report.load(arguments.stored)
+    except (OSError, ValueError) as error:
+        parser.error(f"--from: {error}")
+
+
+def _measured(options: Options, arguments: argparse.Namespace) -> Report:
     measures = arguments.measures or [name for name in MEASURES if arguments.long or name not in APART]
     with ExitStack() as stack:
         bench = Bench(options, stack)
         before = machine.load()
         tables: list[Table] = []
         for name in measures:
+            began = time.monotonic()
             tables += bench.attempt(name, partial(_tables, bench, name)) or []
-        print(machine.description(sorted(bench.versions)))
-        print(
+            say(f"{name} took {time.monotonic() - began:.0f} s")
+        heading = (
+            f"{machine.description(sorted(bench.versions))}\n"
             f"Medians of {options.rounds} rounds, of slow contenders and of the other measures than `drain` "
             f"{options.further_rounds}. Load of the machine before: {before}.\n"
         )
-        for table in tables:
-            print(table.markdown())
-        for what, why in bench.failures.items():
-            print(f"- {what}: not run: {why}")
+        return Report(heading, tables, bench.failures)
 
 
 def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
@@ -127,8 +150,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=_seconds, help="of a turn of load or trigger, and of the client of neighbour alone")
     add("--waits", type=_count, help="tasks of a turn of pickup")
     add("--queues", type=_count, nargs="+", help="of one table, that a worker of pickup serves")
+    add("--save", type=_file, metavar="FILE", help="store the figures there, as JSON")
+    add("--charts", type=_folder, metavar="FOLDER", help="draw the charts of the tables into it, as SVG")
+    stored = "measure nothing: print, and draw, what --save has stored"
+    add("--from", type=Path, metavar="FILE", dest="stored", help=stored)
     add("--idle", type=_idle, help="seconds without a task, in pickup; 0: it is not measured")
     return parser
+
+
+def _file(text: str) -> Path:
+    if (file := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(file.parent)!r}")
+    return file
+
+
+def _folder(text: str) -> Path:
+    if not charts.is_possible():
+        raise argparse.ArgumentTypeError("charts need matplotlib: .venv/bin/uv sync --inexact --group charts")
+    if (folder := Path(text)).exists() and not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return folder
 
 
 def _count(text: str) -> int:

@@ -14,7 +14,7 @@ from benchmarks.inside import run_inside
 from benchmarks.roster import CONTENDERS, Contender
 from benchmarks.stores import Postgres, Store, Unavailable, open_store
 
-__all__ = ["Bench", "Options"]
+__all__ = ["Bench", "Options", "say"]
 
 T = TypeVar("T")
 

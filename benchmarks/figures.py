@@ -60,7 +60,8 @@ def spread(values: Sequence[float]) -> str:
         return "not measured"
     if len(values) == 1:
         return number(values[0])
-    return f"{number(median(values))} ({number(min(values))}-{number(max(values))})"
+    to = " to " if min(values) < 0 else "-"
+    return f"{number(median(values))} ({number(min(values))}{to}{number(max(values))})"
 
 
 def ratio(values: Sequence[float], to: Sequence[float]) -> str:

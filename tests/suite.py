@@ -88,6 +88,7 @@ OF_CLAIMS = files(
 #: What has to do with no database, or starts one itself: run with the first.
 NEED_NO_DATABASE = files(
     "backoff",
+    "benchmarks",
     "demo",
     "outcomes",
     "package",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from benchmarks.bench import Bench
 from benchmarks.crew import Crew, Load
@@ -13,13 +14,18 @@ from benchmarks.stores import Postgres
 
 _SNAPSHOTS = ("none", "a new one every 2 s", "one all the time")
 
-#: Of all tasks, of the first tenth and of the last.
-_Rates = tuple[float, float, float]
+
+@dataclass(frozen=True)
+class _Rates:
+    of_all: float
+    tenths: list[float]
+
 
 _RULE_OF_SNAPSHOTS = (
     "Tasks per second of one process on PostgreSQL, among the first and among the last tenth of {tasks} "
     "tasks, by when their outcomes were committed, while a transaction of REPEATABLE READ is open elsewhere."
 )
+_RULE_OF_TENTHS = "Tasks per second of the same turns, of each tenth of the tasks."
 _RULE_OF_HISTORY = (
     "Tasks per second of one process on PostgreSQL, counted as in the first table; {tasks} tasks in a table "
     "that has so many finished rows already."
@@ -27,11 +33,11 @@ _RULE_OF_HISTORY = (
 
 
 def measure(bench: Bench) -> Iterator[Table]:
-    yield _under_snapshots(bench)
+    yield from _under_snapshots(bench)
     yield _with_history(bench)
 
 
-def _under_snapshots(bench: Bench) -> Table:
+def _under_snapshots(bench: Bench) -> Iterator[Table]:
     tasks = bench.options.decay_tasks
     turns: dict[str, list[_Rates]] = {snapshot: [] for snapshot in _SNAPSHOTS}
     for _ in range(bench.options.further_rounds):
@@ -43,13 +49,17 @@ def _under_snapshots(bench: Bench) -> Table:
             if turn is not None:
                 found.append(turn)
     rows: list[Row] = []
+    rows_of_tenths: list[Row] = []
     for snapshot, found in turns.items():
-        kept = [last / first for _all, first, last in found]
-        figures = [[rates[which] for rates in found] for which in range(3)]
-        rows.append((snapshot, *figures, kept))
+        tenths = [[rates.tenths[place] for rates in found] for place in range(10)]
+        kept = [rates.tenths[-1] / rates.tenths[0] for rates in found]
+        rows.append((snapshot, [rates.of_all for rates in found], tenths[0], tenths[-1], kept))
+        rows_of_tenths.append((snapshot, *tenths))
     header = "open snapshots", "tasks/s", "first tenth", "last tenth", "last to first"
     rule = _RULE_OF_SNAPSHOTS.format(tasks=f"{tasks:,}")
-    return Table("snapshots", "Old transactions", rule, header, rows)
+    yield Table("snapshots", "Old transactions", rule, header, rows)
+    header_of_tenths = "open snapshots", *(str(place) for place in range(1, 11))
+    yield Table("tenths", "Old transactions, by tenths", _RULE_OF_TENTHS, header_of_tenths, rows_of_tenths)
 
 
 def _turn_under(crew: Crew, snapshot: str) -> _Rates:
@@ -60,7 +70,7 @@ def _turn_under(crew: Crew, snapshot: str) -> _Rates:
         "one all the time": crew.store.snapshot(),
     }
     turn = crew.drain(beside=beside[snapshot])
-    return turn.rate, turn.rate_of_tenth(0), turn.rate_of_tenth(9)
+    return _Rates(turn.rate, [turn.rate_of_tenth(place) for place in range(10)])
 
 
 def _with_history(bench: Bench) -> Table:
