@@ -98,13 +98,14 @@ def _measured(options: Options, arguments: argparse.Namespace) -> Report:
 
 def _options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
     long, servers = arguments.long, arguments.db or DATABASES
-    # What is asked for by name is to be told in full. Of the others there is time for the beginning.
-    is_full = long or "pickup" in arguments.measures
+    full = tuple(MEASURES) if long else tuple(arguments.measures)
+    is_full = "pickup" in full
     databases = [re.sub(r"^postgres\d+$", "postgres", name) for name in servers]
     _refuse(parser, "measure", arguments.measures, MEASURES)
     _refuse(parser, "database", databases, DATABASES)
     _refuse(parser, "contender", arguments.only or [], dict.fromkeys(one.name for one in CONTENDERS))
     return Options(
+        full=full,
         tasks=arguments.tasks or (100_000 if long else 20_000),
         rounds=arguments.rounds or (5 if long else 3),
         further_rounds=arguments.rounds or (5 if long else 1),
@@ -168,7 +169,7 @@ def _file(text: str) -> Path:
 
 def _folder(text: str) -> Path:
     if not charts.is_possible():
-        raise argparse.ArgumentTypeError("charts need matplotlib: .venv/bin/uv sync --inexact --group charts")
+        raise argparse.ArgumentTypeError("charts need matplotlib, which `make .venv/.charts` installs")
     if (folder := Path(text)).exists() and not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no folder")
     return folder

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
+    full: Sequence[str]
+    """Measures that are not shortened, as they are asked for by name, or as there is time."""
     tasks: int
     rounds: int
     further_rounds: int

@@ -44,7 +44,8 @@ class Bars:
                     axes.text(max(values), at, f" {number(median(values))}", va="center", color=_INK, size=8)
             axes.barh(0, 0, color=_COLOURS[place], label=column)
         axes.set_yticks(range(len(table.rows)), [self.label(row) for row in table.rows])
-        axes.set_xlim(0, longest * 1.12)
+        if longest:
+            axes.set_xlim(0, longest * 1.12)
         axes.invert_yaxis()
         if len(columns) > 1:
             axes.legend(frameon=False, labelcolor=_INK, loc="best")

@@ -40,6 +40,7 @@ def python_with(name: str, requirements: tuple[str, ...]) -> str:
     return str(python)
 
 
+@cache
 def versions(python: str, requirements: tuple[str, ...]) -> list[str]:
     """Return which versions of the packages it has."""
     names = [match.group() for one in requirements if (match := re.match(r"[\w.-]+", one))]

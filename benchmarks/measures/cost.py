@@ -9,7 +9,7 @@ from benchmarks.bench import Bench
 from benchmarks.crew import Load, Turn
 from benchmarks.figures import Row, Table
 from benchmarks.machine import memory, processor
-from benchmarks.roster import OURS, PGQUEUER, RAW, Contender
+from benchmarks.roster import OURS, PGQUEUER, PROCRASTINATE, RAW, Contender
 
 _INDEXES = (0, 4, 8)
 #: Each statement of theirs goes into the server's log.
@@ -77,7 +77,8 @@ def _turn(bench: Bench, contender: Contender, indexes: int, tasks: int, watch: C
 
 def _of_memory(bench: Bench) -> Table:
     rows: list[Row] = []
-    for contender in bench.contenders():
+    is_full = "cost" in bench.options.full
+    for contender in bench.contenders() if is_full else bench.contenders((OURS, PGQUEUER, PROCRASTINATE)):
         if contender is not RAW:
             most = bench.attempt(
                 f"memory of {contender.name} on {contender.store}",
