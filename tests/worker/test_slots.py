@@ -224,6 +224,11 @@ def test_process_for_last_attempts_has_one_task_at_a_time_whatever_its_queue():
         (0.00001, 0.005, 256),  # as many as one claim takes
         (0.0004, 0.005, 104),  # two claims take as long as a hundred
         (0.001, 0.1, 204),  # which is 50 ms of work for four threads
+        (
+            0.01,
+            0.002,
+            8,
+        ),  # two would do, but then some threads wait for the next claim
         (0.05, 0.005, 4),
         (10.0, 0.005, 4),
     ],

@@ -93,7 +93,12 @@ class Lane:
         """A claim has taken so long: decide how many tasks it takes to be busy during two such."""
         if self._may_be_ahead and self._seconds is not None:
             each = max(self._seconds / self.slots, 1e-6)
-            self.ahead = int(min(2 * seconds / each, _LONGEST_AHEAD / each, _MOST_AHEAD))
+            wanted = 2 * seconds / each
+            if wanted >= 1:
+                # The next claim waits until half of all that may be in hand has ended. With fewer than one
+                # for each slot some threads had nothing by then (a quarter of the rate of 10 ms of sleep).
+                wanted = max(wanted, self.slots)
+            self.ahead = int(min(wanted, _LONGEST_AHEAD / each, _MOST_AHEAD))
 
 
 @dataclass(frozen=True)
