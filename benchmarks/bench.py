@@ -111,7 +111,8 @@ class Bench:
             self.failures[what] = "stopped here"
             return None
         except Exception as error:  # one contender less is no reason to lose what was measured
-            self.failures[what] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            first = (str(error).strip().splitlines() or ["it does not say why"])[0]
+            self.failures[what] = f"{type(error).__name__}: {first}"
             say(f"{what}: not run: {self.failures[what]}")
             return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,7 +24,8 @@ def description(versions: Iterable[str]) -> str:
         f"Django {django.__version__}",
         *versions,
     ]
-    return f"Command: `python -m benchmarks {' '.join(sys.argv[1:])}`\n\n{'; '.join(dict.fromkeys(facts))}.\n"
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    return f"Command: `{command}`\n\n{'; '.join(dict.fromkeys(facts))}.\n"
 
 
 def load() -> str:

@@ -52,7 +52,7 @@ def inside(seconds: float, rounds: int) -> dict[str, list[float]]:
     }
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     stopped = threading.Event()
-    listener = threading.Thread(target=_listen, args=[stopped])
+    listener = threading.Thread(target=_listen, args=[stopped], daemon=True)
     listener.start()
     with multiprocessing.get_context("spawn").Pool(_WRITERS, set_up) as pool:
         pool.map(write, [(0.1, 0.0)] * _WRITERS, chunksize=1)  # which connects them
@@ -62,6 +62,8 @@ def inside(seconds: float, rounds: int) -> dict[str, list[float]]:
                     ask(sql)
                 done = pool.map(write, [(seconds, later)] * _WRITERS, chunksize=1)
                 rates[kind].append(sum(done) / seconds)
+    if not listener.is_alive():
+        raise RuntimeError("the session that is to listen has ended")
     stopped.set()
     listener.join()
     return rates
