@@ -7,13 +7,16 @@ it could be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.apps import apps
 from django.core import checks
 from django.core.checks import CheckMessage, Tags, register
 from django.db import connections, router
+from django.db.models.expressions import Col
+from django.db.models.lookups import Exact
+from django.db.models.sql.where import AND
 
 from modelqueue import conf
 from modelqueue.fields import StatusField, is_indexed
@@ -82,18 +85,29 @@ def _broken_source(queue: Queue[Any], error: Exception) -> CheckMessage:
 
 
 def _check_index(queue: Queue[Any], source: Source[Any]) -> list[CheckMessage]:
-    field, has_conditions = source.field, bool(source.queryset.query.where)
-    if is_indexed(field, with_condition=has_conditions) or not is_indexed(field):
+    field, where = source.field, source.queryset.query.where
+    if is_indexed(field, with_condition=bool(where), after=set(_given(where))) or not is_indexed(field):
         return []  # or of which W001 warns
     return [
         checks.Warning(
-            f"{field} is only in indexes with a condition, which the queryset of the queue {queue.name!r} "
-            f"({queue.where}) does not have, so every claim may read the whole table.",
+            f"{field} is only in indexes with a condition, or behind other fields, that the queryset of the "
+            f"queue {queue.name!r} ({queue.where}) does not have, so every claim may read the whole table.",
             hint="Remove db_index=False from the field, or add "
             f"modelqueue.QueueIndex({field.name!r}, name=...) to Meta.indexes.",
             id="modelqueue.W011",
         )
     ]
+
+
+def _given(where: Any) -> Iterator[str]:
+    """Yield the names of the fields whose value a queryset gives."""
+    if getattr(where, "negated", False) or getattr(where, "connector", AND) != AND:
+        return
+    for one in getattr(where, "children", [where]):
+        if hasattr(one, "children"):
+            yield from _given(one)
+        elif isinstance(one, Exact) and isinstance(one.lhs, Col):
+            yield one.lhs.target.name
 
 
 def _check_two_indexes(source: Source[Any]) -> list[CheckMessage]:

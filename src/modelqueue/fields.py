@@ -156,7 +156,8 @@ class StatusField(_BigIntegerField[_ST, _GT]):
             checks.Warning(
                 f"{self} has no index, so every claim reads the whole table.",
                 hint=f"Remove db_index=False, or add modelqueue.QueueIndex({self.name!r}, name=...), or an "
-                f"index with {self.name!r} as its first field, to Meta.indexes.",
+                f"index in which {self.name!r} follows what all queues on it are filtered by, to "
+                "Meta.indexes.",
                 obj=self,
                 id="modelqueue.W001",
             )
@@ -207,19 +208,22 @@ StatusField.register_lookup(StatusPriority)
 StatusField.register_lookup(StatusAttempts)
 
 
-def is_indexed(field: Any, with_condition: bool = True) -> bool:
-    """Say whether an index or a unique constraint begins with a field.
+def is_indexed(field: Any, with_condition: bool = True, after: Collection[str] | None = None) -> bool:
+    """Say whether a field is in an index or a unique constraint, in the order of which tasks can be read.
 
     Args:
         with_condition: whether one that has only some of the rows counts. (A `QueueIndex` always does.)
+        after: the fields that may come before it there, as their values are given; None: any.
     """
     meta = field.model._meta
-    names = {together[0] for together in meta.unique_together}
+    indexes = [*meta.unique_together]
     for one in [*meta.indexes, *meta.constraints]:
         is_unique = isinstance(one, models.UniqueConstraint)
         if (is_unique or isinstance(one, models.Index)) and (with_condition or one.condition is None):
-            names.update(one.fields[:1])
-    return bool(field.db_index or field.unique or names & {field.name, f"-{field.name}"})
+            indexes.append(tuple(name.removeprefix("-") for name in one.fields))
+    before = [names[: names.index(field.name)] for names in indexes if field.name in names]
+    is_in_one = any(after is None or set(names) <= set(after) for names in before)
+    return bool(field.db_index or field.unique or is_in_one)
 
 
 def _refuse_state(field: models.Field[Any, Any], value: Any) -> None:
