@@ -82,9 +82,39 @@ def test_at_no_time_is_a_lease_missing_that_may_stand_in_the_row(monkeypatch):
     assert board.read(place).leases == {RENEWED, AGAIN}
 
 
-@pytest.mark.parametrize(
-    "row", [ROW._replace(pk="5"), ROW._replace(key=2**63), ROW._replace(pk=True), ROW._replace(before={})]
-)
+BLANK = ROW._replace(before={"worker": "", "started": None})
+
+
+def test_row_in_which_nothing_stood_is_named_once_that_was_told():
+    ours, theirs = Board(2, ["a", "b"]), Board(2, ["a", "b"])
+    theirs._cells = ours._cells  # as in two processes
+    assert not ours.can_name(BLANK)
+    told = ours.new_blank(BLANK)
+    assert ours.new_blank(BLANK) is None
+    assert ours.can_name(BLANK)
+    place = ours.take(1, CLAIM, "b", BLANK)
+    assert theirs.read(place).row is None  # it was not told in time
+    theirs.learn(told)
+    assert theirs.read(place).row == BLANK
+    ours.free(place)
+    theirs_again = theirs.read(ours.take(2, CLAIM, "b", ROW))
+    assert theirs_again.row == ROW
+
+
+def test_each_kind_of_nothing_has_a_number_and_there_are_not_too_many(monkeypatch):
+    board = Board(1, ["a", "b"])
+    other = ROW._replace(before={"worker": None, "started": None})
+    assert [board.new_blank(BLANK).number, board.new_blank(other).number] == [1, 2]
+    assert board.new_blank(ROW._replace(before={"worker": []})) is None  # which has no hash
+    assert board.new_blank(ROW._replace(before={"worker": "x"})) is None
+    assert board.new_blank(ROW) is None
+    monkeypatch.setattr("modelqueue.worker.board._MOST_BLANKS", 2)
+    third = ROW._replace(before={"worker": 0})
+    assert board.new_blank(third) is None
+    assert not board.can_name(third)
+
+
+@pytest.mark.parametrize("row", [ROW._replace(pk="5"), ROW._replace(key=2**63), ROW._replace(pk=True), BLANK])
 def test_task_that_integers_can_not_name_has_to_be_named_elsewhere(row):
     board = Board(1, ["a", "b"])
     assert not board.can_name(row)

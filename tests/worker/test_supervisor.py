@@ -581,6 +581,20 @@ def test_task_that_the_board_can_not_name_is_given_back_as_its_process_has_told(
     assert stored(untold) == untold.status
 
 
+def test_task_in_whose_row_nothing_stood_is_given_back_with_that(play):
+    game = play()
+    child = game.children[0]
+    errand = working()
+    candidate = Candidate(errand.pk, errand.pk, Status.waiting(5), {"title": ""})
+    Errand.objects.filter(pk=errand.pk).update(title="of the claim")
+    child.say("claimed", [child.board.new_blank(candidate)])
+    wait_until(lambda: len(child.board._blanks) == 2)
+    child.board.take(1, errand.status, "testapp.do_errand", candidate)
+    child.die(-9)
+    wait_until(lambda: stored(errand) == Status.waiting(5))
+    assert row(errand).title == ""
+
+
 def test_what_can_not_be_read_of_a_process_ends_nothing(play):
     """A primary key that can be pickled, but not made again: what it has claimed is left to its lease."""
     game = play()

@@ -7,12 +7,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from modelqueue.worker import process
 from modelqueue.worker.bell import Bell
-from modelqueue.worker.board import Board
+from modelqueue.worker.board import Blank, Board
 from modelqueue.worker.give_back import Held
 from modelqueue.worker.options import Options
 from modelqueue.worker.running import Claimed
@@ -140,9 +141,13 @@ class Child:
         """Note, now and then, whether it owes an answer."""
         self.silences += self._unanswered > 0
 
-    def has_claimed(self, claimed: list[Claimed]) -> None:
+    def has_claimed(self, claimed: Sequence[Claimed | Blank]) -> None:
         """What was at these places before has ended."""
-        self.claimed.update((one.place, one) for one in claimed)
+        for one in claimed:
+            if isinstance(one, Blank):
+                self.board.learn(one)
+            else:
+                self.claimed[one.place] = one
 
     @property
     def has_ended_in_order(self) -> bool:

@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,7 +24,7 @@ from django.apps import apps
 from modelqueue.engines import full_since
 from modelqueue.queues import declared_queues
 from modelqueue.worker.bell import Bell
-from modelqueue.worker.board import Board
+from modelqueue.worker.board import Blank, Board
 from modelqueue.worker.claimer import Claimer
 from modelqueue.worker.completer import Completer
 from modelqueue.worker.ears import Ears
@@ -164,11 +165,11 @@ class Process:
         with suppress(OSError), self._speaking:  # the supervisor is gone, which `_receive` finds out
             self._pipe.send(message)
 
-    def _tell_claimed(self, claimed: list[Claimed]) -> None:
+    def _tell_claimed(self, claimed: Sequence[Claimed | Blank]) -> None:
         try:
             self._send("claimed", claimed)
         except Exception as error:  # a primary key of a class that can not be pickled
-            logger.debug("%s: its claims can not be told: %s", claimed[0].queue, error)
+            logger.debug("Claims can not be told, of %s: %s", claimed[0], error)
 
     def _report(self) -> None:
         if ended := self._register.report():

@@ -16,7 +16,7 @@ from modelqueue.attempts import Attempt
 from modelqueue.engines import Candidate
 from modelqueue.exceptions import TimedOut
 from modelqueue.status import Status
-from modelqueue.worker.board import Board
+from modelqueue.worker.board import Blank, Board
 from modelqueue.worker.slots import Lane, Slots
 
 __all__ = ["Claimed", "Register", "Running"]
@@ -64,7 +64,7 @@ class Running:
 
     @property
     def timeout(self) -> dt.timedelta:
-        return self.lane.queue.policy.timeout
+        return self.attempt.policy.timeout
 
     def take(self) -> bool:
         """Say to one alone, and once, that it may begin with it, or give it back."""
@@ -101,7 +101,7 @@ class Claimed(NamedTuple):
 class Register:
     """All that a process is working on, and how what it had before has ended."""
 
-    def __init__(self, slots: Slots, board: Board, tell: Callable[[list[Claimed]], None]) -> None:
+    def __init__(self, slots: Slots, board: Board, tell: Callable[[Sequence[Claimed | Blank]], None]) -> None:
         self._slots = slots
         self._board = board
         self._tell = tell
@@ -120,7 +120,7 @@ class Register:
         added, told = list[Running](), list[Claimed]()
         for attempt in attempts:
             number, queue, claim = next(self._numbers), lane.queue.name, attempt.claim
-            named = claim.row if self._board.can_name(claim.row) else None
+            named = claim.row if self._can_name(claim.row) else None
             place = self._board.take(number, claim.lease, queue, named)
             if place is not None and named is None:
                 told.append(Claimed(place, number, queue, claim.row))
@@ -130,6 +130,11 @@ class Register:
         if told:
             self._tell(told)
         return added
+
+    def _can_name(self, row: Candidate) -> bool:
+        if not self._board.can_name(row) and (blank := self._board.new_blank(row)) is not None:
+            self._tell([blank])
+        return self._board.can_name(row)
 
     def begin(self, running: Running) -> None:
         """The action of a task is called next: from here on its attempt is charged if this process dies."""
