@@ -70,7 +70,7 @@ def queue_over():
             "name": "tasks", "retry": 3, "timeout": HOUR, "lease": 30 * SECOND, "delay": 0 * SECOND,
             "atomic": False, "error_field": None, "cancel_on": (), "slots": None, "claim_values": None,
             "next_priority": None,
-            "upkeep": None,
+            "upkeep": None, "task_options": None,
             **options,
         }  # fmt: skip
         queue = Queue(model, "status", succeed, where="here", **options)

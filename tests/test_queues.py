@@ -336,6 +336,13 @@ def test_longest_lease_of_several_queues_on_a_field_counts(declare):
     assert short.recovery().lease == longer.recovery().lease >= 60 * SECOND
 
 
+def test_lease_of_queues_that_share_no_row_is_their_own(declare):
+    short = declare(Task.objects.filter(data="a"), "status", name="short", lease=10 * SECOND)(succeed)
+    longer = declare(Task.objects.filter(data="b"), "status", name="longer", lease=60 * SECOND)(succeed)
+    short.group, longer.group = "a", "b"
+    assert longer.recovery().lease - short.recovery().lease == 50 * SECOND
+
+
 # The verbs
 
 

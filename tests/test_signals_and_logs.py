@@ -93,7 +93,7 @@ def test_attempt_is_told_at_its_claim_and_at_its_end(model, ending, action, stat
         "task": task,
     }
     assert events == [
-        ("task_claimed", {**facts, "status": Status.working(STAMP, 1)}),
+        ("task_claimed", {**facts, "status": Status.working(STAMP, 1), "before": None}),
         ("task_finished", {**facts, "status": status, "outcome": ending, "error": raised_by(action)}),
     ]
     assert stored(job, "review_status") == status
@@ -471,6 +471,7 @@ def test_event_that_can_not_be_logged_changes_no_outcome(caplog, monkeypatch):
         raise ValueError("no")
 
     monkeypatch.setitem(signals._observers, signals.task_finished, fail)
+    monkeypatch.setitem(signals._wants, signals.task_finished, lambda outcome: True)
     task = Task.objects.create()
     with heard("task_finished") as events:
         assert run(Task.objects.all(), "status", succeed) == task

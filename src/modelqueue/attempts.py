@@ -162,7 +162,8 @@ class Attempt(Generic[M]):
     def begin(self, task: M) -> Snapshot:
         """Watch the task from here on, and tell that it is claimed."""
         self.snapshot = snapshot = Snapshot(task, self.source, self.claim.lease)
-        self.tell(signals.task_claimed, status=self.claim.lease)
+        self.tell(signals.task_claimed, status=self.claim.lease, before=self.claim.row.before)
+        snapshot.begin()
         return snapshot
 
     def act(self, action: Callable[[M], object], task: M) -> BaseException | None:
@@ -238,9 +239,10 @@ class Attempt(Generic[M]):
         """Take the steps after the write of what `prepare` has returned."""
         if self.task is not None:
             set_loaded(self.task, self.source.field, outcome.status)
-        if signals.is_heard(signals.task_finished, outcome.ending):  # asked before anything is put together
+        # Asked before anything is put together.
+        if signals.is_heard(signals.task_finished, self.source.model, outcome.ending):
             ended = {"outcome": outcome.ending, "error": outcome.error}
-            self.tell(signals.task_finished, status=outcome.status, **ended)
+            self.tell_heard(signals.task_finished, status=outcome.status, **ended)
 
     def settle(self, error: BaseException | None) -> Outcome:
         """Take the steps after the action, in whatever thread this is; return the outcome.
@@ -574,8 +576,11 @@ class Attempt(Generic[M]):
             self.engine.give_way()
 
     def tell(self, signal: Signal, **arguments: Any) -> None:
-        if not signals.is_heard(signal, arguments.get("outcome")):
-            return
+        if signals.is_heard(signal, self.source.model, arguments.get("outcome")):
+            self.tell_heard(signal, **arguments)
+
+    def tell_heard(self, signal: Signal, **arguments: Any) -> None:
+        """Tell, as somebody listens, see `signals.is_heard`."""
         signals.send(
             signal,
             self.source.model,

@@ -22,10 +22,11 @@ from django.utils.asyncio import async_unsafe
 from modelqueue import verbs
 from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt, running
 from modelqueue.backoff import Delay
-from modelqueue.engines import Claim
+from modelqueue.engines import Candidate, Claim
 from modelqueue.fields import declared_on
 from modelqueue.leases import keeper_for
 from modelqueue.outcomes import Policy
+from modelqueue.per_task import Terms
 from modelqueue.source import Source
 from modelqueue.status import ONE_HOUR, ZERO_SECS
 from modelqueue.threads import NotCalled, in_thread
@@ -123,6 +124,12 @@ class Work(Generic[M]):
     """The declared queue, if it is one: its leases are renewed."""
     recovery: Policy | None = None
     """By which tasks of dead workers are taken back, if not by `policy`."""
+    policy_of: Callable[[Candidate], Policy] | None = None
+    """Asked for retry and delay of each of those; None: all are alike."""
+
+    def terms(self, claim: Claim[M]) -> Terms:
+        """Return on which terms the attempt on a claimed task is made."""
+        return Terms(self.policy, self.atomic) if self.queue is None else self.queue.terms(claim)
 
     def keep(self, attempt: Attempt[M]) -> None:
         """Have the lease of an attempt renewed where that is needed, and possible."""
@@ -142,8 +149,9 @@ def begin_next(work: Work[M]) -> Attempt[M] | None:
     claim = next_claim(work)
     if claim is None:
         return None
-    kind = AtomicAttempt if work.atomic else Attempt
-    attempt = kind(work.source, work.policy, claim)
+    policy, is_atomic = work.terms(claim)
+    kind = AtomicAttempt if is_atomic else Attempt
+    attempt = kind(work.source, policy, claim)
     work.keep(attempt)
     return attempt
 
@@ -195,14 +203,15 @@ async def arun(
 
 async def arun_next(work: Work[M]) -> M | None:
     """Run the next due task, see `arun`."""
-    attempt, canceled = await in_thread(_next_attempt, work)
-    if attempt is None:
+    found, canceled = await in_thread(_next_attempt, work)
+    if found is None:
         if canceled is not None:
             raise canceled
         return None
-    if not work.atomic or canceled is not None:
+    attempt, is_atomic = found
+    if not is_atomic or canceled is not None:
         return await attempt.arun(work.action, is_async(work.action), canceled)
-    run_it = functools.partial(_run_atomic, work, attempt.claim)
+    run_it = functools.partial(_run_atomic, work, attempt)
     try:
         task, canceled = await attempt.in_thread_of_action(run_it)
     except NotCalled as error:
@@ -212,19 +221,21 @@ async def arun_next(work: Work[M]) -> M | None:
     return task
 
 
-def _next_attempt(work: Work[M]) -> AsyncAttempt[M] | None:
+def _next_attempt(work: Work[M]) -> tuple[AsyncAttempt[M], bool] | None:
+    """Claim the next task; return the attempt, and whether `_run_atomic` is to make another one of it."""
     claim = next_claim(work)
     if claim is None:
         return None
-    attempt = AsyncAttempt(work.source, work.policy, claim)
-    if work.atomic:  # `_run_atomic` makes another one of it
-        return attempt
-    work.keep(attempt)
-    return attempt.start()
+    policy, is_atomic = work.terms(claim)
+    attempt = AsyncAttempt(work.source, policy, claim)
+    if not is_atomic:
+        work.keep(attempt)
+        attempt.start()
+    return attempt, is_atomic
 
 
-def _run_atomic(work: Work[M], claim: Claim[M]) -> M | None:
-    attempt = AtomicAttempt(work.source, work.policy, claim)
+def _run_atomic(work: Work[M], begun: AsyncAttempt[M]) -> M | None:
+    attempt = AtomicAttempt(work.source, begun.policy, begun.claim)
     work.keep(attempt)
     return attempt.run(work.action)
 
@@ -340,19 +351,19 @@ def refuse_declared(field: models.Field[Any, Any], function: str) -> None:
 
 def next_claim(work: Work[M]) -> Claim[M] | None:
     """Claim the next task; recover those of dead workers when there is nothing else to do, or each second."""
-    source, policy = work.source, work.recovery or work.policy
+    source = work.source
     key = _recovery_key(source)
     is_due = time.monotonic() - _last_recovery.get(key, -_RECOVERY_INTERVAL) >= _RECOVERY_INTERVAL
     if is_due:
-        _recover(source, policy, key)
+        _recover(work, key)
     claims = verbs.claim(source)
-    if not claims and not is_due and _recover(source, policy, key):
+    if not claims and not is_due and _recover(work, key):
         claims = verbs.claim(source)
     return claims[0] if claims else None
 
 
-def _recover(source: Source[Any], policy: Policy, key: tuple[Any, ...]) -> int:
-    count = verbs.recover(source, policy)
+def _recover(work: Work[Any], key: tuple[Any, ...]) -> int:
+    count = verbs.recover(work.source, work.recovery or work.policy, policy_of=work.policy_of)
     if len(_last_recovery) > 1000:  # querysets whose filters change with every call
         _last_recovery.clear()
     _last_recovery[key] = time.monotonic()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, Union, cast
 
 from django.apps import apps
-from django.db import models
+from django.db import models, transaction
 from django.utils.module_loading import autodiscover_modules
 
 from modelqueue import verbs
@@ -31,20 +31,31 @@ from modelqueue.attempts import AsyncAttempt, AtomicAttempt, Attempt
 from modelqueue.backoff import Delay
 from modelqueue.claim_values import ClaimValues, Given, show
 from modelqueue.clock import now
-from modelqueue.engines import Claim, Engine, engine_for
+from modelqueue.engines import Candidate, Claim, Engine, engine_for
 from modelqueue.execution import Work, arun_next, begin_next, is_async, refuse_atomic_async, run_next
 from modelqueue.fields import StatusField, declared_on, set_loaded
 from modelqueue.outcomes import Policy
+from modelqueue.per_task import PerTask, TaskOptions, Terms, checked_bool, checked_classes, retry_field
 from modelqueue.source import Source, Tasks, write_alias
 from modelqueue.status import ONE_HOUR, ZERO_SECS, State, StateLike, Status
 
-__all__ = ["Queue", "declared_queues", "discover", "queue"]
+__all__ = [
+    "DEFAULT_LEASE",
+    "DEFAULT_RETRY",
+    "Queue",
+    "checked_lease",
+    "declared_queues",
+    "discover",
+    "queue",
+    "undeclare",
+]
 
 M = TypeVar("M", bound=models.Model)
 Origin = Union["type[M]", "models.Manager[M]", "models.QuerySet[M]", "Callable[[], models.QuerySet[M]]"]
 
 logger = logging.getLogger("modelqueue")
 
+DEFAULT_RETRY = 3
 DEFAULT_LEASE = dt.timedelta(seconds=30)
 SHORTEST_LEASE = dt.timedelta(seconds=3)
 
@@ -86,17 +97,22 @@ class Queue(Generic[M]):
         self._shared: dict[str, Source[M]] = {}
         self.action = action
         self.where = where
-        self.lease = _checked_lease(options["lease"])
-        policy = Policy.of(options["retry"], options["timeout"], options["delay"])
+        self.lease = checked_lease(options["lease"])
+        #: The name of the field that holds how often a task is retried, if it is not the same for all.
+        self.retry_field: str | None = options["retry"] if isinstance(options["retry"], str) else None
+        retry = DEFAULT_RETRY if self.retry_field else options["retry"]
+        policy = Policy.of(retry, options["timeout"], options["delay"])
         self.policy = replace(
             policy,
             lease=self.lease,
-            cancel_on=_checked_classes(options["cancel_on"]),
+            cancel_on=checked_classes(options["cancel_on"]),
             next_priority=_checked_hook("next_priority", options["next_priority"], "a task", "a time"),
         )
-        self.atomic: bool = _checked_bool("atomic", options["atomic"])
+        self.atomic: bool = checked_bool("atomic", options["atomic"])
         self.slots = _checked_slots(options["slots"])
         self.error_field: str | None = options["error_field"]
+        #: Queues on one field whose groups differ have no row in common, now or later.
+        self.group: object = None
         source = Source.of(self.rows(), field, self.error_field)
         if not isinstance(source.field, StatusField):
             raise TypeError(
@@ -115,6 +131,13 @@ class Queue(Generic[M]):
         self.is_async = is_async(action)
         _check_call(f"The action {action!r}", action, "a task alone")
         refuse_atomic_async(action, self.atomic)
+        self._terms = Terms(self.policy, self.atomic)
+        self._per_task = PerTask(
+            self._terms,
+            retry_field(self.model, self.retry_field, self.field) if self.retry_field else None,
+            _checked_hook("task_options", options["task_options"], "a task"),
+            self.is_async,
+        )
         self.name = _checked_name(options["name"]) or _default_name(action, self.model)
 
     def __call__(self, task: M) -> object:
@@ -177,10 +200,11 @@ class Queue(Generic[M]):
         source = source or self.source()
         if not self.has_last_attempts:
             return source
+        retry = self.retry_field or self.policy.retry
         if source is not self._sources.get(source.using):
-            return replace(source, below=self.policy.retry)
+            return replace(source, below=retry)
         if source.using not in self._shared:
-            self._shared[source.using] = replace(source, below=self.policy.retry)
+            self._shared[source.using] = replace(source, below=retry)
         return self._shared[source.using]
 
     def alone(self) -> Source[M]:
@@ -192,12 +216,12 @@ class Queue(Generic[M]):
 
     def alone_in(self, source: Source[M], head: int | None) -> Source[M]:
         """Return the same of its source, of which the head is known."""
-        return source.had(self.policy.retry or 0, head)
+        return source.had(self.retry_field or self.policy.retry or 0, head)
 
     @property
     def has_last_attempts(self) -> bool:
         """Whether it has attempts that are the last one, but not the first."""
-        return bool(self.policy.retry)
+        return self.retry_field is not None or bool(self.policy.retry)
 
     @property
     def using(self) -> str:
@@ -207,20 +231,65 @@ class Queue(Generic[M]):
     def recovery(self) -> Policy:
         """Return by which policy abandoned tasks are taken back.
 
-        Of several queues on one field the longest lease counts. On a database of one writer it holds for as
-        long as a renewal may have to wait for the others, too.
+        Of several queues on one field the longest lease counts, see `longest_lease`. On a database of one
+        writer it holds for as long as a renewal may have to wait for the others, too.
         """
-        longest: dt.timedelta = max(one.lease for one in [self, *declared_on(self.field)])
         wait = engine_for(self.using).longest_wait()
-        return replace(self.policy, lease=min(longest, dt.timedelta.max - wait) + wait)
+        return replace(self.policy, lease=min(self.longest_lease, dt.timedelta.max - wait) + wait)
+
+    @property
+    def longest_lease(self) -> dt.timedelta:
+        """The longest lease of those queues whose tasks may be its own, too."""
+        queues: list[Queue[Any]] = [self, *declared_on(self.field)]
+        return max(one.lease for one in queues if one.group == self.group)
+
+    def terms(self, claim: Claim[M]) -> Terms:
+        """Return on which terms the attempt on a claimed task is made; where they are wrong it fails."""
+        if claim.task is None or not self._per_task.differs:
+            return self._terms
+        try:
+            return self._per_task.of(claim.task)
+        except Exception as error:
+            terms = self._per_task.without_options(claim.task)
+            claim.task, claim.error = None, error
+            return terms
+
+    def policy_of(self, row: Candidate) -> Policy:
+        """Return by which policy a task is charged whose worker is dead: that of the row as it stands.
+
+        Raises:
+            django.db.Error: the database did not answer.
+        """
+        if not self._per_task.differs:
+            return self.policy
+        source, task = self.source(), None
+        try:
+            # An error of what the hook asks is to leave the transaction of the recovery usable.
+            with transaction.atomic(using=source.using):
+                task = source.rows().get(pk=row.pk)
+                return self._per_task.of(task).policy
+        except Exception as error:
+            if engine_for(source.using).is_of_the_database_itself(error):
+                raise
+            # It is to be taken back all the same, and holds up no other.
+            logger.error("%s %s: its options can not be told: %s", self.name, row.pk, error)
+            return (self._terms if task is None else self._per_task.without_options(task)).policy
+
+    @property
+    def asks_for_policy(self) -> Callable[[Candidate], Policy] | None:
+        """`policy_of`, where that differs from task to task."""
+        return self.policy_of if self._per_task.differs else None
 
     def work(self) -> Work[M]:
-        return Work(self.source(), self.policy, self.action, self.atomic, self, self.recovery())
+        return Work(
+            self.source(), self.policy, self.action, self.atomic, self, self.recovery(), self.asks_for_policy
+        )
 
     def attempt(self, claim: Claim[M], source: Source[M], engine: Engine | None = None) -> Attempt[M]:
         """Return the attempt that is to be made on a claimed task."""
-        kind = AsyncAttempt if self.is_async else AtomicAttempt if self.atomic else Attempt
-        attempt = kind(source, self.policy, claim, engine)
+        policy, is_atomic = self.terms(claim)
+        kind = AsyncAttempt if self.is_async else AtomicAttempt if is_atomic else Attempt
+        attempt = kind(source, policy, claim, engine)
         attempt.queue = self
         return attempt
 
@@ -410,7 +479,7 @@ def queue(
     field: str,
     *,
     name: str | None = None,
-    retry: int | None = 3,
+    retry: int | str | None = DEFAULT_RETRY,
     timeout: dt.timedelta = ONE_HOUR,
     lease: dt.timedelta = DEFAULT_LEASE,
     delay: Delay = ZERO_SECS,
@@ -421,6 +490,7 @@ def queue(
     claim_values: Given | None = None,
     next_priority: Callable[[M, dt.datetime], int | dt.datetime] | None = None,
     upkeep: Callable[[], object] | None = None,
+    task_options: Callable[[M], TaskOptions] | None = None,
 ) -> Callable[[Callable[[M], object]], Queue[M]]:
     """Declare a queue: the decorated function, ``def`` or ``async def``, is its action.
 
@@ -429,7 +499,8 @@ def queue(
             called for each claim.
         field: the name of the `StatusField`.
         name: by which commands and logs call it; ``app_label.function`` by default.
-        retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit.
+        retry: how many attempts are allowed after the first that failed, 0 to 8; None for no limit. Or the
+            name of an IntegerField of the model that holds it for each task, NULL for no limit.
         timeout: how long an action may take; `Current.deadline` tells it. The worker ends one that takes
             longer, which is a failed attempt; `run`, `arun` and `drain` do not.
         lease: after how long without a sign of life from its worker a task is taken back, 3 s or more. A
@@ -449,6 +520,8 @@ def queue(
             `Queue.enqueue` of an instance. A number below all times is due at once.
         upkeep: a callable without arguments that each worker calls when it starts, and every second as long
             as it serves the queue.
+        task_options: a callable (task) -> dict that is asked when a task is claimed or recovered, for those
+            of `timeout`, `delay`, `atomic` and `cancel_on` that are others for this task.
 
     Raises:
         TypeError, ValueError: what can not be declared, and what to do about it.
@@ -473,6 +546,7 @@ def queue(
             claim_values=claim_values,
             next_priority=next_priority,
             upkeep=upkeep,
+            task_options=task_options,
         )
         _register(declared)
         return declared
@@ -502,6 +576,14 @@ def _register(declared: Queue[Any]) -> None:
     queues = declared_on(declared.field)
     queues[:] = [one for one in queues if one is not known] + [declared]
     _declared[declared.name] = declared
+
+
+def undeclare(declared: Queue[Any]) -> None:
+    """Forget a declared queue, whose setting has changed for example."""
+    if _declared.get(declared.name) is declared:
+        del _declared[declared.name]
+    queues = declared_on(declared.field)
+    queues[:] = [one for one in queues if one is not declared]
 
 
 def _is_imported_again(known: Queue[Any], declared: Queue[Any]) -> bool:
@@ -552,7 +634,12 @@ def _checked_name(name: object) -> str | None:
     return name
 
 
-def _checked_lease(lease: object) -> dt.timedelta:
+def checked_lease(lease: object) -> dt.timedelta:
+    """Return a lease.
+
+    Raises:
+        TypeError, ValueError: what is wrong with it, and what to give.
+    """
     if not isinstance(lease, dt.timedelta):
         raise TypeError(
             f"lease is a datetime.timedelta, not {lease!r}. Give for example timedelta(seconds=30)."
@@ -563,22 +650,6 @@ def _checked_lease(lease: object) -> dt.timedelta:
             "task be claimed again. Give 3 s or more; the default is 30 s."
         )
     return lease
-
-
-def _checked_classes(given: object) -> tuple[type[BaseException], ...]:
-    classes = given if isinstance(given, tuple) else (given,)
-    for one in classes:
-        if not (isinstance(one, type) and issubclass(one, BaseException)):
-            raise TypeError(
-                f"cancel_on is an exception class or a tuple of them, such as (ValueError,); {one!r} is none."
-            )
-    return classes
-
-
-def _checked_bool(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, not {value!r}.")
-    return value
 
 
 def _checked_slots(slots: object) -> int | None:

@@ -22,7 +22,9 @@ logger = logging.getLogger("modelqueue")
 
 #: A worker has claimed a task and is about to run its action.
 #:
-#: ``task``: the instance; ``status``: the working `Status`, which is the lease.
+#: ``task``: the instance; ``status``: the working `Status`, which is the lease;
+#: ``before``: what stood in the fields that the claim has set (`claim_values` of its queue), by their names;
+#: None: it sets none. What a receiver loads of the task, by ``refresh_from_db``, counts as claimed.
 task_claimed = Signal(use_caching=True)
 
 #: An attempt has ended and its outcome is recorded.
@@ -58,9 +60,10 @@ def observe(signal: Signal, observer: Callable[..., None], wants: Callable[[str 
     _observers[signal], _wants[signal] = observer, wants
 
 
-def is_heard(signal: Signal, outcome: str | None = None) -> bool:
+def is_heard(signal: Signal, model: type[Model], outcome: str | None = None) -> bool:
     """Say whether to send it makes any difference: to put it together for nobody takes its time, too."""
-    return bool(signal.receivers) or (signal in _wants and _wants[signal](outcome))
+    is_received = bool(signal.receivers) and signal.has_listeners(model)
+    return is_received or (signal in _wants and _wants[signal](outcome))
 
 
 def send(
@@ -74,7 +77,8 @@ def send(
     **arguments: Any,
 ) -> None:
     """Send a signal; Django logs what a receiver raises (logger ``django.dispatch``)."""
-    if (observer := _observers.get(signal)) is not None:
+    observer = _observers.get(signal)
+    if observer is not None and _wants[signal](arguments.get("outcome")):
         try:
             observer(model, pk=pk, field=field, using=using, queue=queue, **arguments)
         except Exception:  # of a value without a text, or a handler of the log

@@ -50,10 +50,10 @@ class Source(Generic[M]):
     """The declared queue whose tasks they are; None: `modelqueue.run` and the like serve any queryset."""
     fixed: models.QuerySet[M] | None = None
     """The queryset of its queue, if that is the same each time."""
-    below: int | None = None
-    """Take only tasks that have had fewer attempts than that."""
-    at_least: int | None = None
-    """Take only tasks that have had so many attempts or more."""
+    below: int | str | None = None
+    """Take only tasks that have had fewer attempts than that, or than this field of theirs says."""
+    at_least: int | str | None = None
+    """Take only tasks that have had so many attempts or more, or as many as this field of theirs says."""
     since: int | None = None
     """Take no task with a smaller status, of those in the state that is looked for."""
     until: int | None = None
@@ -176,13 +176,28 @@ class Source(Generic[M]):
             f"{name}__lte": last,
         }
         rows: models.QuerySet[M] = self.queryset.filter(Q(**bounds), *self.live_condition())
-        attempts = StatusAttempts(F(name))
-        if state == State.waiting and self.below is not None:
-            rows = rows.filter(LessThan(attempts, self.below))
-        if state == State.waiting and self.at_least is not None:
-            rows = rows.filter(GreaterThanOrEqual(attempts, self.at_least))
+        if state == State.waiting:
+            rows = rows.filter(*self._attempts_wanted())
         rows = rows.order_by(name, "pk")
         return rows
+
+    def _attempts_wanted(self) -> Iterator[Any]:
+        """Yield the conditions by which a task has had as many attempts as are wanted.
+
+        By a field of its own one that is never retried counts as below, as does one without limit. So does
+        one whose number is negative: its attempt fails, and says why.
+        """
+        attempts = StatusAttempts(F(self.field.name))
+        if isinstance(self.below, str):
+            few = Q(LessThan(attempts, F(self.below)))
+            yield few | Q(**{f"{self.below}__lte": 0}) | Q(**{f"{self.below}__isnull": True})
+        elif self.below is not None:
+            yield LessThan(attempts, self.below)
+        if isinstance(self.at_least, str):
+            yield GreaterThanOrEqual(attempts, F(self.at_least))
+            yield Q(**{f"{self.at_least}__gt": 0})
+        elif self.at_least is not None:
+            yield GreaterThanOrEqual(attempts, self.at_least)
 
     def live_condition(self) -> list[IsLive]:
         """Return the condition by which the database sees that all wanted rows are in a `QueueIndex`.
@@ -209,17 +224,19 @@ class Source(Generic[M]):
         rows: models.QuerySet[Any] = self.due(now).order_by(name).values(name)
         return rows[_HEAD : _HEAD + 1]
 
-    def had(self, attempts: int, head: int | None) -> Source[M]:
+    def had(self, attempts: int | str, head: int | None) -> Source[M]:
         """Return those tasks in the head of the queue that have had so many attempts or more.
 
         Not all of them: each look would read a backlog of a million to its end, and behind so many it is not
         their turn yet.
 
         Args:
+            attempts: or the name of the field of theirs that says how many.
             head: what `head` has found.
         """
         # The last number up to there of a task with so many attempts. Very many tasks may have one number.
-        until = head if head is None or head % 10 >= attempts else head - head % 10 - 1
+        least = 1 if isinstance(attempts, str) else attempts
+        until = head if head is None or head % 10 >= least else head - head % 10 - 1
         return replace(self, at_least=attempts, until=until)
 
 

@@ -12,7 +12,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from django.db import models, router
@@ -86,6 +86,7 @@ def recover(
     policy: Policy,
     seconds: float = 1.0,
     is_certain: Callable[[Candidate], bool] = lambda row: True,
+    policy_of: Callable[[Candidate], Policy] | None = None,
 ) -> int:
     """Take back the tasks whose workers did not report within the timeout.
 
@@ -94,6 +95,7 @@ def recover(
         seconds: after how long to stop, as a caller who wants to run a task waits meanwhile. What
             is left then is recovered by the next call.
         is_certain: asked of each row that is expired and free; if it is not, the row is left alone.
+        policy_of: asked for retry and delay of each; None: those of `policy`.
 
     Returns:
         How many tasks were recovered.
@@ -106,7 +108,8 @@ def recover(
     def judge(row: Candidate) -> Verdict | None:
         if not is_certain(row):
             return None
-        status, note, wrong_delay = outcomes.recovered(row.status, policy, moment)
+        own = policy if policy_of is None else replace(policy_of(row), lease=policy.lease)
+        status, note, wrong_delay = outcomes.recovered(row.status, own, moment)
         _log_wrong_delay(wrong_delay)
         return Verdict(status, note)
 

@@ -230,6 +230,23 @@ class NightShift(Shift):
     lamps = models.IntegerField(default=0)
 
 
+class Delivery(models.Model):
+    """Each has its own terms: how often it is tried again, and the options that a hook makes of a column."""
+
+    title = models.CharField(max_length=100, blank=True)
+    retries = models.SmallIntegerField(null=True, blank=True, default=1)
+    options = models.JSONField(default=dict)
+    log = models.JSONField(default=list)
+    status = modelqueue.StatusField()
+    error = modelqueue.ErrorField()
+
+
+class ExpressDelivery(Delivery):
+    """What it may cost stands in another table than the status."""
+
+    price = models.IntegerField(default=0)
+
+
 if hasattr(models, "CompositePrimaryKey"):  # Django 5.2
 
     class CompositeTask(models.Model):

@@ -32,7 +32,7 @@ from modelqueue.worker.system import interrupt_thread
 from tests.actions import SECOND, heard, row, stored, succeed, unexpected, write_down
 from tests.pace import within
 from tests.processes import wait_until
-from tests.testapp.models import Errand, Job, Ledger, Paper, PrintJob, Task
+from tests.testapp.models import Delivery, Errand, Job, Ledger, Paper, PrintJob, Task
 from tests.testapp.queues import do_errand, review
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -216,7 +216,7 @@ def test_claims_that_can_not_be_told_are_run_all_the_same(start, monkeypatch, ca
     errand = make()
     start("testapp.do_errand")
     wait_until(lambda: stored(errand).state == State.finished)
-    assert "errands: its claims can not be told: " in caplog.text
+    assert "Claims can not be told, of namespace(queue='errands', " in caplog.text
 
 
 LAST = Status.waiting(5, do_errand.policy.retry)
@@ -1909,6 +1909,23 @@ def test_what_was_claimed_ahead_and_waits_for_long_is_given_back(start, ahead, d
     after = list(Task.objects.order_by("pk").values_list("status", flat=True))
     assert [one.state for one in after[:2]] == [State.working] * 2
     assert after[2:] == before[2:]
+    go_on.set()
+    wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended().get("finish") == 10)
+
+
+def test_task_that_is_never_retried_is_not_kept_waiting_claimed_ahead(start, ahead, declare):
+    """The death of a machine charges what it has claimed, and would cancel it."""
+    go_on = threading.Event()
+    declare(Delivery, "status", name="tasks", retry="retries")(lambda task: go_on.wait(30))
+    before = [Status.waiting(number) for number in range(10)]
+    Delivery.objects.bulk_create(
+        [Delivery(retries=number % 2, status=status) for number, status in enumerate(before)]
+    )
+    process = start("tasks", threads=2)
+    wait_until(lambda: process.ended() == {"release": 4})
+    after = list(Delivery.objects.order_by("pk").values_list("status", flat=True))
+    assert after[2::2] == before[2::2]  # neither begun nor charged
+    assert {one.state for one in [after[0], *after[1::2]]} == {State.working}
     go_on.set()
     wait_until(lambda: process.pipe.send(("due", ["tasks"])) or process.ended().get("finish") == 10)
 

@@ -328,6 +328,17 @@ def test_queue_whose_tasks_take_long_now_is_not_ahead_any_more():
     assert one.ahead == 0
 
 
+def test_queue_with_a_task_that_is_never_retried_is_not_ahead_for_a_while():
+    one = measured("a", 0.0004, 0.005)
+    assert one.ahead == 100
+    one.note_once()
+    one.note_claim(0.005)
+    assert one.ahead == 0
+    one.not_ahead_until = time.monotonic()
+    one.note_claim(0.005)
+    assert one.ahead == 100
+
+
 def test_board_has_a_place_for_all_that_several_queues_are_ahead():
     a, b = measured("a", 0.00001, 0.005), measured("b", 0.00001, 0.005)
     slots = Slots([a, b], 4)

@@ -128,7 +128,9 @@ def of_queue(queue: Queue[Any], seen: set[Any]) -> Iterator[Finding]:
     yield from findings.index(str(field), access)
     questions: Questions = {}
     if field not in seen:
-        yield from findings.leases(str(field), {one.name: one.lease for one in declared_on(field)})
+        for group in dict.fromkeys(one.group for one in declared_on(field)):
+            of_queues = {one.name: one.lease for one in declared_on(field) if one.group == group}
+            yield from findings.leases(str(field), of_queues)
         if access.is_quick:
             questions["newest-lease"] = lambda: findings.newest_lease(ask.newest_lease(source), now())
     if table not in seen:

@@ -233,9 +233,11 @@ def _run_next(queue: Queue[M], raises: bool) -> Ran[M] | None:
     claim = next_claim(work)
     if claim is None:
         return None
-    kind = _AsyncAttempt if queue.is_async else _AtomicAttempt if queue.atomic else _PlainAttempt
-    attempt: _WatchedAttempt[M] = kind(work.source, work.policy, claim)
+    policy, is_atomic = work.terms(claim)
+    kind = _AsyncAttempt if queue.is_async else _AtomicAttempt if is_atomic else _PlainAttempt
+    attempt: _WatchedAttempt[M] = kind(work.source, policy, claim)
     work.keep(attempt)
+    attempt.began = now()  # where its row can not be loaded no action begins
     outcome = attempt.make(queue)
     if outcome.raised is not None:
         # Ctrl-C is meant for the test; and a task that is given back would be the next one again.

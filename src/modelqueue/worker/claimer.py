@@ -143,8 +143,24 @@ class Claimer:
         for running in again:
             # It may be what killed its process. Then what has ended here before is not to be charged, too.
             self._completer.call_after_the_others(partial(self._or_give_back, [running], self._start))
-        if fresh := [running for running in added if running not in again] if again else added:
+        fresh = [running for running in added if running not in again] if again else added
+        if lane.queue.retry_field is not None and not lane.is_async:
+            fresh = self._without_once_ahead(lane, fresh)
+        if fresh:
             self._or_give_back(fresh, self._start)
+
+    def _without_once_ahead(self, lane: Lane, some: list[Running]) -> list[Running]:
+        """Give back those that are never retried and would wait for a thread: return the others.
+
+        The death of a machine charges what it has claimed, and one attempt is all that they have.
+        """
+        once = [running for running in some[self._threads.idle :] if running.attempt.policy.retry == 0]
+        for running in once:
+            running.take()
+            self._completer.put(running, Interrupted("It has one attempt alone, and no thread was free."))
+        if once:
+            lane.note_once()
+        return [running for running in some if running not in once] if once else some
 
     def _on_loss(self, running: Running) -> OnLoss | None:
         return partial(self._loop.cancel, running) if running.lane.is_async else None

@@ -116,12 +116,12 @@ class GiveBack:
         return True
 
     def _timed_out(self, held: Held) -> TimedOut:
-        timeout = self._queues[held.queue].policy.timeout
+        timeout = self._queues[held.queue].policy_of(held.row).timeout
         return TimedOut(f"the action took longer than its timeout of {timeout}, until its process was killed")
 
     def _charge(self, held: Held, why: WorkerDied | TimedOut) -> None:
         queue = self._queues[held.queue]
-        verbs.take_back(queue.source(), queue.policy, held.row, held.leases, why)
+        verbs.take_back(queue.source(), queue.policy_of(held.row), held.row, held.leases, why)
 
     def _release(self, held: Held, why: WorkerDied | None) -> None:
         if not verbs.release(self._queues[held.queue].source(), held.row, held.leases, waits=False):

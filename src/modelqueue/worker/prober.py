@@ -21,7 +21,6 @@ from django.db.utils import Error, InterfaceError, OperationalError
 
 from modelqueue import clock
 from modelqueue.engines import engine_for, full_since
-from modelqueue.fields import declared_on
 from modelqueue.queues import Queue
 from modelqueue.source import Source
 from modelqueue.worker.database_clock import INTERVAL, DatabaseClock
@@ -277,8 +276,7 @@ class Prober:
     def _hold_back(self, queues: Iterable[Queue[Any]], more: float = 0.0) -> None:
         """Recover nothing of these queues until everybody has had time to renew, and so many seconds more."""
         for queue in queues:
-            lease = max(one.lease for one in [queue, *declared_on(queue.field)])  # the one that counts
-            until = time.monotonic() + lease.total_seconds() + more
+            until = time.monotonic() + queue.longest_lease.total_seconds() + more
             self._held_back[queue.name] = max(until, self._held_back.get(queue.name, 0.0))
 
     def _stood_still(self, waited: float) -> float:

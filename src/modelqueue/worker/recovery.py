@@ -110,7 +110,9 @@ class Recovery:
         suspects.begin()
         try:
             source = replace(queue.source(), since=abandoned.first)
-            count = verbs.recover(source, queue.recovery(), is_certain=suspects.confirm)
+            count = verbs.recover(
+                source, queue.recovery(), is_certain=suspects.confirm, policy_of=queue.asks_for_policy
+            )
         except BaseException as error:  # SystemExit of a receiver, too: other queues go on
             suspects.forget()
             connections.close_all()

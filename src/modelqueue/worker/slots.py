@@ -31,6 +31,8 @@ _BATCH = 256
 #: Seconds of an action below which its slot counts as taken until its outcome is written with others: to wake
 #: the claimer for each of thousands takes longer than they do.
 _SHORT = 0.001
+#: Seconds for which nothing is claimed ahead of a queue in which such a task was that is never retried.
+_NOT_AHEAD = 2.0
 #: Up to here a claim may take any number.
 _SMALL = 8
 #: How much the newest measurement counts.
@@ -62,6 +64,8 @@ class Lane:
         self.is_wanted = True
         #: Where its claims begin, and whether the last one has found less than it might have taken.
         self.bounds, self.sweeps, self.was_idle = Bounds(), Sweeps(), True
+        #: Until when nothing is claimed ahead, by the monotonic clock.
+        self.not_ahead_until = 0.0
         #: When it may have its next turn, by the monotonic clock, as the last one has failed.
         self.not_before = 0.0
 
@@ -89,9 +93,16 @@ class Lane:
         self.note_task(1.0)
         self.ahead = 0
 
+    def note_once(self) -> None:
+        """A task was claimed ahead that may be tried only once: claim nothing ahead for a while."""
+        self.not_ahead_until = time.monotonic() + _NOT_AHEAD
+        self.ahead = 0
+
     def note_claim(self, seconds: float) -> None:
         """A claim has taken so long: decide how many tasks it takes to be busy during two such."""
-        if self._may_be_ahead and self._seconds is not None:
+        if time.monotonic() < self.not_ahead_until:
+            self.ahead = 0
+        elif self._may_be_ahead and self._seconds is not None:
             each = max(self._seconds / self.slots, 1e-6)
             wanted = 2 * seconds / each
             if wanted >= 1:

@@ -63,6 +63,11 @@ class Threads:
             self._claimed.put(running)
 
     @property
+    def idle(self) -> int:
+        """How many tasks would begin at once."""
+        return max(0, self._most - len(self._threads) + self._idle)
+
+    @property
     def waiting(self) -> int:
         """How many tasks wait for a thread."""
         return self._claimed.qsize()
