@@ -20,7 +20,7 @@ export UV_PROJECT_ENVIRONMENT := $(VENV)
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-admin test failover galera lint format types docs matrix coverage bench bench-all charts kill-matrix outages soak clean
+.PHONY: help demo demo-admin test failover galera lint format types docs matrix django-tasks coverage bench bench-all charts kill-matrix task-kills outages soak clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ galera: $(VENV)/.mariadb ## let workers on three nodes of a Galera cluster run 3
 kill-matrix: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## kill each part of a worker at each moment, and show how fast it goes on (DB=postgres|sqlite|mariadb)
 	$(PY) -m tests.suite $(if $(DB),--db $(DB),--db postgres --db sqlite --db mariadb) -q -s --numprocesses=0 -p no:randomly tests/faults/test_kill_matrix.py $(ARGS)
 
+task-kills: $(VENV)/.test ## run 10,000 atomic Django tasks on three workers that are killed at random, and 1,000 in their order on four
+	MODELQUEUE_TEST_TASKS=10000 $(PY) -m tests.suite --db postgres -q -s --numprocesses=0 tests/task_backend/test_kills.py $(ARGS)
+	MODELQUEUE_TEST_TASKS=1000 $(PY) -m tests.suite --db postgres -q -s --numprocesses=0 tests/task_backend/test_order.py $(ARGS)
+
 outages: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## take the database away from workers under load, in each way, for a minute (DB=postgres|mariadb|sqlite, ARGS='-k "disk is full"')
 	MODELQUEUE_TEST_OUTAGE=$${MODELQUEUE_TEST_OUTAGE:-60} MODELQUEUE_TEST_ENDING=$${MODELQUEUE_TEST_ENDING:-20} \
 	$(PY) -m tests.suite $(if $(DB),--db $(DB),--db postgres --db mariadb --db sqlite) -q -s --numprocesses=0 -p no:randomly tests/soak/test_soak.py::test_outage $(ARGS)
@@ -64,12 +68,21 @@ types: $(VENV)/.types ## check the types
 	$(BIN)/mypy
 
 # The shims of pyenv refuse a version that is not activated, so look behind them.
+ALL_PYTHONS = pyenv=$$(pyenv root 2>/dev/null || true); PATH="$$(printf '%s:' "$$pyenv"/versions/3.*/bin)$$PATH"
+
 matrix: $(VENV)/.matrix ## run the tests on SQLite and PostgreSQL with each supported pair of Python and Django
-	@pyenv=$$(pyenv root 2>/dev/null || true); PATH="$$(printf '%s:' "$$pyenv"/versions/3.*/bin)$$PATH"; \
+	@$(ALL_PYTHONS); \
 	$(BIN)/tox run -- $(ARGS) || { \
 		for cell in $$($(BIN)/tox list -q --no-desc); do \
 			[ -x build/tox/$$cell/bin/python ] || echo "  $$cell: not run, its Python is not on PATH"; \
 		done; exit 1; }
+
+# In the environments of the matrix; the archives of Django are fetched once, into build/django.
+django-tasks: $(VENV)/.matrix ## run Django's own tests of its task API with our backend in place of Django's (ARGS="--db postgres")
+	@$(ALL_PYTHONS); failed=0; \
+	for cell in py312-django60 py313-django61; do \
+		$(BIN)/tox exec -q -e $$cell -- python -m tests.task_backend.django_suite $(ARGS) || failed=1; \
+	done; exit $$failed
 
 # Data from before the last change of the code counts for nothing: its lines are other lines.
 coverage: $(VENV)/.test ## sum up what make test COVER=1 and make matrix have covered; less than every line and branch fails

@@ -6,6 +6,7 @@ from `tests.processes`, so that a process works on the databases of the test. Wi
 
 import json
 import os
+from importlib.util import find_spec
 
 from tests import servers
 
@@ -20,11 +21,14 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.sessions",
     "modelqueue",
+    "modelqueue.task_backend",
+    # The task API for Django before 6.0, and what projects move in from, which is for Django from 5.2 on.
+    *[name for name in ("django_tasks", "django_tasks_db") if find_spec(name)],
     "tests.testapp",
     *os.environ.get("MODELQUEUE_TEST_APPS", "").split(),
 ]
 # Their tables are made without migrations, which is several times faster and tests the same.
-MIGRATION_MODULES = {"admin": None, "auth": None, "contenttypes": None, "sessions": None}
+MIGRATION_MODULES = dict.fromkeys(["admin", "auth", "contenttypes", "sessions", "django_tasks_database"])
 
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -46,6 +50,9 @@ TEMPLATES = [
 ]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 ROOT_URLCONF = "tests.urls"
+# None, as its queues would be met by the tests of others. Those of the backend set others, as does a process
+# that is started with this variable.
+TASKS = json.loads(os.environ.get("MODELQUEUE_TEST_TASK_BACKENDS", "{}"))
 STATIC_URL = "static/"
 SECRET_KEY = "tests"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import django
 import pytest
 from django.core.files.base import ContentFile
+from django.core.management.base import BaseCommand
 from django.db import connection, models
 from django.test.utils import CaptureQueriesContext, isolate_apps, override_settings
 
@@ -27,6 +28,10 @@ from modelqueue.fields import declared_on
 from modelqueue.management.commands.modelqueue import Command
 from modelqueue.outcomes import Ending, Policy
 from modelqueue.source import Source
+from modelqueue.task_backend import apis
+from modelqueue.task_backend.management.commands import import_django_tasks_db
+from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.options import OPTIONS
 from modelqueue.testing import plugin, travel
 from tests import pages
 from tests.testapp.models import Task
@@ -43,6 +48,9 @@ def name_of(page: Any) -> str:
 
 # Code
 
+#: Django takes the app of a model from the name of its module.
+APP_OF_PAGE = "tests.testapp.page"
+
 
 class _Idle(Exception):  # noqa: N818
     """An endless loop has found nothing to do."""
@@ -53,13 +61,13 @@ class Reader:
 
     def __init__(self, page: Any) -> None:
         self.page = page
-        # Django takes the app of a model from the name of its module.
         self.names: dict[str, Any] = {
-            "__name__": "tests.testapp.page",
+            "__name__": APP_OF_PAGE,
             "models": models,
             "modelqueue": modelqueue,
         }
         self.tables: list[type[models.Model]] = []
+        self.settings = contextlib.ExitStack()
 
     def read(self) -> int:
         """Run all blocks, each raises where it does not do what the page says; return how many there are."""
@@ -72,14 +80,21 @@ class Reader:
         return len(blocks)
 
     def run(self, block: pages.Block) -> None:
+        # As pages tell those whose Django has no tasks of its own.
+        text = block.text.replace("django.tasks", apis.default().package)
+        is_of_tasks = block.module is not None and block.module.endswith(".tasks")
+        # A task is found by the name of its module.
+        self.names["__name__"] = block.module if is_of_tasks else APP_OF_PAGE
         # Statement by statement, so that a model has its table when the next one uses it.
-        for statement in ast.parse("\n" * (block.line - 1) + block.text, str(block.page)).body:
+        for statement in ast.parse("\n" * (block.line - 1) + text, str(block.page)).body:
             code = compile(ast.Module([statement], []), str(block.page), "exec")
             with contextlib.suppress(_Idle):
                 exec(code, self.names)
             self.make_tables()
         if block.module is not None:
             self.make_module(block.module)
+        if block.file == "config/settings.py" and "TASKS" in self.names:
+            self.settings.enter_context(override_settings(TASKS=self.names["TASKS"]))
 
     def check(self, block: pages.Block) -> None:
         example = doctest.DocTestParser().get_doctest(
@@ -95,7 +110,7 @@ class Reader:
             if (
                 isinstance(model, type)
                 and issubclass(model, models.Model)
-                and model.__module__ == "tests.testapp.page"
+                and model.__module__ == APP_OF_PAGE
                 and model not in self.tables
             ):
                 with connection.schema_editor() as editor:
@@ -135,6 +150,7 @@ def reader(page: Any, monkeypatch: pytest.MonkeyPatch):
         try:
             yield one
         finally:
+            one.settings.close()
             for model in reversed(one.tables):
                 with connection.schema_editor() as editor:
                     editor.delete_model(model)
@@ -215,6 +231,20 @@ def check_production(names: dict[str, Any]) -> None:
 
 def check_testing(names: dict[str, Any]) -> None:
     """The tests of the page pass."""
+    assert run_tests_of(names) == 10
+    with travel() as clock:
+        names["test_two_letters_are_posted_in_two_weeks"](None, clock)
+
+
+def check_django_tasks(names: dict[str, Any]) -> None:
+    """The test of the page passes, in a project whose tasks are in one database."""
+    backends = names["TASKS"]
+    with override_settings(TASKS={"default": backends["default"]}):
+        assert run_tests_of(names) == 1
+
+
+def run_tests_of(names: dict[str, Any]) -> int:
+    """Run the tests of a page; return how many there are."""
     classes = [one for one in names.values() if isinstance(one, type) and issubclass(one, unittest.TestCase)]
     suite = unittest.TestSuite(
         unittest.defaultTestLoader.loadTestsFromTestCase(one)
@@ -223,10 +253,8 @@ def check_testing(names: dict[str, Any]) -> None:
     )
     result = unittest.TestResult()
     suite.run(result)
-    assert result.testsRun == 10
     assert result.wasSuccessful(), result.errors + result.failures
-    with travel() as clock:
-        names["test_two_letters_are_posted_in_two_weeks"](None, clock)
+    return result.testsRun
 
 
 def check_bulk(names: dict[str, Any]) -> None:
@@ -306,6 +334,7 @@ CHECKS = {
     "docs/introduction.md": check_readme,
     "docs/explanation/claims.md": check_claims,
     "docs/howto/bulk.md": check_bulk,
+    "docs/howto/django-tasks.md": check_django_tasks,
     "docs/howto/production.md": check_production,
     "docs/howto/testing.md": check_testing,
 }
@@ -498,6 +527,33 @@ def test_each_check_of_the_doctor_has_its_row():
     rows = table_after((REFERENCE / "commands.md").read_text(), "| check | question | severity |")
     assert [(name.strip("`"), question) for name, question, _ in rows] == list(findings.CHECKS.items())
     assert all(re.match("error|warning|info", severity) for _, _, severity in rows)
+
+
+# The backend of Django tasks
+
+
+def page_of_the_backend() -> str:
+    return (REFERENCE / "task-backend.md").read_text()
+
+
+def test_each_option_of_the_backend_has_its_row():
+    rows = table_after(page_of_the_backend(), "| option | default | |")
+    assert [row[0].strip("`") for row in rows] == list(OPTIONS)
+
+
+def test_each_column_of_the_tasks_has_its_row():
+    rows = table_after(page_of_the_backend(), "| column | |")
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted(field.name for field in QueuedTask._meta.fields)
+
+
+def test_each_option_of_moving_in_has_its_row():
+    text = page_of_the_backend()
+    rows = table_after(text[text.index("\n## import_django_tasks_db") :], "| option | |")
+    of_django = {action.dest for action in BaseCommand().create_parser("manage.py", "other")._actions}
+    parser = import_django_tasks_db.Command().create_parser("manage.py", "import_django_tasks_db")
+    own = [action.option_strings[0] for action in parser._actions if action.dest not in of_django]
+    assert sorted(re.findall(r"--[\w-]+", row[0])[0] for row in rows) == sorted(own)
 
 
 @pytest.fixture

@@ -132,6 +132,8 @@ def _around(add: Callable[..., Any], halt: Halt) -> Callable[..., Any]:
 
     @functools.wraps(add)
     def wrapped(*arguments: Any) -> Any:
+        if not arguments[-1]:  # a claim that has found nothing
+            return add(*arguments)
         if halt.moment == "claimed":
             halt.arrive()
         added = add(*arguments)

@@ -14,10 +14,10 @@ from django.db import connection
 from modelqueue import State, Status
 from tests.actions import stored
 from tests.faults.halts import MOMENTS, Halt
+from tests.faults.targets import DjangoTasks, Errands
 from tests.pace import within
 from tests.processes import wait_until
-from tests.testapp.models import Errand, Ledger
-from tests.testapp.queues import do_errand
+from tests.testapp.models import Ledger
 from tests.worker.workers import is_gone
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -29,6 +29,9 @@ IDLE = "idle"
 #: Where a living supervisor makes it quick, seconds until a task can run again; beyond the lease, else.
 AT_ONCE, EXTRA = 2, 5
 
+ERRANDS, DJANGO_TASKS = Errands(), DjangoTasks()
+TARGETS = {"tasks of a plain queue": ERRANDS, "Django tasks": DJANGO_TASKS}
+
 
 def cells():
     """All on PostgreSQL. What dies is the same elsewhere; what the database makes of that is not."""
@@ -39,21 +42,31 @@ def cells():
     ]
 
 
+@pytest.fixture
+def target(request):
+    with request.param.serving():
+        yield request.param
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS, indirect=True)
 @pytest.mark.parametrize(("victim", "moment"), cells())
-def test_kill(victim, moment, workers, tmp_path):
+def test_kill(target, victim, moment, workers, tmp_path):
     if moment == IDLE:
-        worker, process = idle(workers)
+        worker, process = idle(workers, target)
         tasks, held = [], []
     else:
-        worker, process, tasks, halt = met(workers, tmp_path, moment)
+        worker, process, tasks, halt = met(workers, tmp_path, moment, target=target)
         held = tasks[:2]
     kill(worker, victim, process)
     killed = time.monotonic()
     if moment == IDLE:
-        tasks = make("", "", "")
+        tasks = target.make("", "", "")
     if moment in ENDED:
-        tasks += make("")
-    other = workers.start("--threads", 2) if victim in ("supervisor", "group") else worker
+        tasks += target.make("")
+    is_replaced = victim in ("supervisor", "group")
+    other = (
+        workers.start(*target.queues, "--threads", 2, variables=target.variables) if is_replaced else worker
+    )
     if victim in ("supervisor", "fork server") and moment != IDLE:  # its processes end what they have in hand
         if moment == "acting":  # whose lease is renewed: so others have time for what they must not do
             wait_until(is_finished(tasks[2]))
@@ -64,9 +77,10 @@ def test_kill(victim, moment, workers, tmp_path):
     done = time.monotonic() - killed
     again = again if held else done
     print(f"\n{victim}, {moment}: can run again after {again:.1f} s, all are finished after {done:.1f} s")
-    assert again < within(longest(victim, moment))
+    assert again < within(longest(victim, moment, target))
     attempts, runs = expected(victim, moment)
     assert (attempts_of(tasks), runs_of(tasks)) == (attempts, runs)
+    target.check(tasks)
     wait_until(lambda: "Stop it with Ctrl-C" in other.output)
     assert other.stop()[0] == 0
     wait_until(is_gone(worker))
@@ -86,44 +100,43 @@ def expected(victim, moment):
     return [1, 2, 2], [1, 2, 2]
 
 
-def longest(victim, moment):
+def longest(victim, moment, target):
     """Within how many seconds what was in hand can run again; where nothing was, a new task is run."""
     if victim == "process" and moment not in (IDLE, "claimed"):
         return AT_ONCE
     if victim == "fork server" and moment not in (IDLE, "claimed", "acting"):
         return AT_ONCE
-    return do_errand.recovery().lease.total_seconds() + EXTRA
+    return target.seconds_of_lease() + EXTRA
 
 
 # Steps
 
 
-def make(*titles):
-    return [
-        Errand.objects.create(title=title, status=Status.waiting(number))
-        for number, title in enumerate(titles)
-    ]
+def start(workers, target, *options, **variables):
+    return workers.start(*target.queues, "--threads", 2, *options, variables=variables | target.variables)
 
 
-def idle(workers):
+def idle(workers, target):
     """A worker that has nothing to do any more, and its process."""
-    (errand,) = make("")
-    worker = workers.start("--threads", 2)
-    wait_until(lambda: stored(errand).state == State.finished)
+    (task,) = target.make("")
+    worker = start(workers, target)
+    wait_until(lambda: stored(task).state == State.finished)
     process = int(Ledger.objects.get().worker)
     Ledger.objects.all().delete()
     return worker, process
 
 
-def met(workers, folder, moment, *titles, options=()):
+def met(workers, folder, moment, *titles, options=(), target=ERRANDS):
     """A worker that stands still, its process, which has two tasks in hand, and these and one that waits.
 
     Where the actions of the two have ended the one would have a slot of theirs, so there it is to come later.
     """
     halt = Halt(folder, moment)
     waiting = [] if moment in ENDED else [""]
-    tasks = make(*(titles or ("", "")), *waiting)
-    worker = workers.start("--threads", 2, *options, variables=halt.variables)
+    tasks = target.make(*(titles or ("", "")), *waiting)
+    worker = workers.start(
+        *target.queues, "--threads", 2, *options, variables=halt.variables | target.variables
+    )
     process = halt.wait()
     if moment not in ("claimed", "told"):
         wait_until(lambda: runs_of(tasks) == [0] * len(waiting) + [1, 1])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime as dt
 from typing import TYPE_CHECKING
 
+import django_tasks
 from django.contrib import admin
 from typing_extensions import assert_type
 
 import modelqueue
-from modelqueue import State, Status, backoff, testing
+from modelqueue import State, Status, backoff, task_backend, testing
 from tests.testapp.models import Task
 
 if TYPE_CHECKING:
@@ -107,3 +108,23 @@ testing.drain(make_thumbnail)  # type: ignore[arg-type]
 testing.assert_state(task, "finished", attempts=1)
 testing.assert_tally(hash_data, finished=1)
 testing.assert_tally(hash_data, done=1)  # type: ignore[call-arg]
+
+
+# A Django task keeps its type, with its arguments and what it returns.
+@task_backend.policy(retry=5, timeout=60, delay=backoff.exponential(dt.timedelta(seconds=1)))
+@django_tasks.task
+def send(address: str, *, copies: int = 1) -> int:
+    return copies
+
+
+assert_type(send.enqueue("a@example.org", copies=2), django_tasks.TaskResult[int])
+assert_type(send.using(priority=5).enqueue("a@example.org").return_value, int | None)
+assert_type(task_backend.policy(send, atomic=True).call("a@example.org"), int)
+send.enqueue(5)  # type: ignore[arg-type]
+
+backend = django_tasks.task_backends["default"]
+assert isinstance(backend, task_backend.ModelQueueBackend)
+assert_type(backend.cancel("id"), bool)
+assert_type(backend.retry("id"), bool)
+backend.enqueue_many([(send, ["a@example.org"], {}), (send, (), {"address": "b@example.org"})])
+backend.enqueue_many([send])  # type: ignore[list-item]

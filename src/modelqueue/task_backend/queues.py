@@ -1,0 +1,123 @@
+"""The queues of the backends in the setting TASKS, declared as any others are: the worker serves them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+from django.dispatch import receiver
+from django.utils.module_loading import import_string
+
+from modelqueue.queues import Queue, queue, undeclare
+from modelqueue.status import State
+from modelqueue.task_backend.backend import ModelQueueBackend
+from modelqueue.task_backend.execution import claim_values, execute, next_priority, promote, task_options
+from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.options import Options
+from modelqueue.task_backend.results import sender_of
+
+__all__ = ["queue_name", "task_queues"]
+
+
+#: Seconds between two looks for results that are to be deleted.
+_PRUNE_INTERVAL = 60.0
+
+
+def queue_name(alias: str, name: str | None) -> str:
+    """Return what the worker calls a queue of a backend: as QUEUES does, after an alias not the default."""
+    if name is None:
+        return alias
+    return name if alias == "default" else f"{alias}:{name}"
+
+
+#: Those that are declared, as the setting TASKS says just now.
+_queues: list[Queue[QueuedTask]] = []
+
+
+def task_queues() -> list[Queue[QueuedTask]]:
+    """Return the queues of the backends."""
+    return list(_queues)
+
+
+@receiver(setting_changed, dispatch_uid="modelqueue_tasks")
+def _follow_setting(setting: str, **kwargs: Any) -> None:
+    """Declare them anew when a test has another setting."""
+    if setting == "TASKS":
+        sender_of.cache_clear()
+        for one in _queues:
+            undeclare(one)
+        _queues[:] = _declare_all()
+
+
+def _declare_all() -> list[Queue[QueuedTask]]:
+    """Declare the queues of all backends of ours that the setting TASKS has."""
+    found: list[Queue[QueuedTask]] = []
+    for alias, params in getattr(settings, "TASKS", {}).items():
+        if _is_ours(params.get("BACKEND")):
+            options = _options(alias, params)
+            names: list[str | None] = sorted(params.get("QUEUES", ["default"])) or [None]
+            found += [_declare(alias, name, options) for name in names]
+    return found
+
+
+def _options(alias: str, params: Any) -> Options:
+    try:
+        return Options.of(params.get("OPTIONS", {}))
+    except (TypeError, ValueError) as error:
+        raise ImproperlyConfigured(f"TASKS[{alias!r}]['OPTIONS']: {error}") from error
+
+
+def _is_ours(path: Any) -> bool:
+    try:
+        backend = import_string(path)
+    except (ImportError, TypeError, AttributeError):  # which the API itself tells
+        return False
+    return isinstance(backend, type) and issubclass(backend, ModelQueueBackend)
+
+
+def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask]:
+    rows = QueuedTask.objects.filter(backend_name=alias)
+    if options.database is not None:
+        rows = rows.using(options.database)
+    if name is not None:
+        rows = rows.filter(queue_name=name)
+    upkeep = _Upkeep(options)
+    declared = queue(
+        rows,
+        "status",
+        name=queue_name(alias, name),
+        retry="retry",
+        timeout=options.timeout,
+        lease=options.lease,
+        delay=options.delay,
+        error_field="error",
+        claim_values=claim_values,
+        next_priority=next_priority,
+        task_options=task_options,
+        upkeep=upkeep.keep,
+    )(execute)
+    upkeep.queue = declared
+    declared.group = alias
+    return declared
+
+
+class _Upkeep:
+    """What a worker does each second for one queue."""
+
+    def __init__(self, options: Options) -> None:
+        self.queue: Queue[QueuedTask]
+        self._ttl = options.result_ttl
+        self._prune_at = 0.0
+
+    def keep(self) -> None:
+        promote(self.queue)
+        if self._ttl is not None and time.monotonic() >= self._prune_at:
+            self._prune_at = time.monotonic() + _PRUNE_INTERVAL
+            for state in (State.finished, State.canceled):
+                self.queue.prune(self._ttl, state)
+
+
+_queues += _declare_all()

@@ -1,0 +1,106 @@
+"""What is told of tasks in the words of their API, once it is committed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from django.db import models
+
+from modelqueue import signals
+from modelqueue.status import State, Status
+from modelqueue.task_backend import apis
+from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.results import found_task, result_of, sender_of, succeeded
+
+__all__ = ["connect"]
+
+
+def connect() -> None:
+    """Follow the tasks of the backends."""
+    signals.task_claimed.connect(_claimed, sender=QueuedTask, dispatch_uid="modelqueue_tasks")
+    signals.task_finished.connect(_attempt_ended, sender=QueuedTask, dispatch_uid="modelqueue_tasks")
+    signals.task_recovered.connect(_attempt_ended, sender=QueuedTask, dispatch_uid="modelqueue_tasks")
+    signals.lease_lost.connect(_attempt_dropped, sender=QueuedTask, dispatch_uid="modelqueue_tasks")
+
+
+def _claimed(
+    sender: type[QueuedTask], using: str, task: QueuedTask, before: dict[str, Any] | None, **kwargs: Any
+) -> None:
+    """Note what the last attempt has ended with, where nobody has: it has just failed, or its worker died.
+
+    Not in the transaction of an atomic task, which may be rolled back.
+    """
+    if before and before.get("worker") and task.error:
+        failures = [*(task.failures or []), task.failure(before["worker"], before.get("last_attempted_at"))]
+        QueuedTask.objects.using(using).filter(pk=task.pk).update(failures=failures, error="")
+        task.refresh_from_db(using=using, fields=["failures", "error"])  # which is no change of the action's
+
+
+def _attempt_ended(
+    sender: type[QueuedTask],
+    pk: Any,
+    using: str,
+    status: Status | None,
+    error: BaseException | None = None,
+    task: QueuedTask | None = None,
+    **kwargs: Any,
+) -> None:
+    """Tell that a task has ended; of one that waits for another attempt note what this one has ended with."""
+    if status is None:
+        return
+    if status.state == State.finished and task is not None and (started := task.started) is not None:
+        succeeded(started.result, task)
+        started.api.signals.task_finished.send(started.sender, task_result=started.result)
+    elif status.state == State.finished and task is not None:
+        _tell_finished(task, error)
+    elif status.state in (State.finished, State.canceled):
+        if (row := _rows(using, pk).first()) is not None:
+            _tell_finished(row, error)
+    elif status.state == State.waiting and (error is not None or task is None):
+        _record_failure(_rows(using, pk))
+
+
+def _attempt_dropped(
+    sender: type[QueuedTask], pk: Any, using: str, status: Status | None, **kwargs: Any
+) -> None:
+    """Of a task that was canceled while it ran note this attempt, and tell that it has ended.
+
+    One that was recovered, and then canceled as its last attempt was over, has the error of that.
+    """
+    rows = _rows(using, pk)
+    row = rows.first()
+    if row is not None and row.status == status and row.has_unrecorded_attempt and not row.error:
+        _record_failure(rows)
+        _tell_finished(row, None)
+
+
+def _rows(using: str, pk: Any) -> models.QuerySet[QueuedTask]:
+    return QueuedTask.objects.using(using).filter(pk=pk)
+
+
+def _record_failure(rows: models.QuerySet[QueuedTask]) -> None:
+    row = rows.first()
+    if row is not None and row.has_unrecorded_attempt:
+        failures = [*(row.failures or []), row.failure(row.worker, row.last_attempted_at)]
+        # Not if it is claimed again meanwhile: then that does it.
+        rows.filter(status=row.status).update(failures=failures, worker="", error="")
+
+
+def _tell_finished(row: QueuedTask, error: BaseException | None) -> None:
+    try:
+        task = found_task(row)
+    except ImportError as gone:
+        logging.getLogger(apis.default().package).error(
+            "Task id=%s path=%s state=FAILED: %s", row.result_id, row.function, gone
+        )
+        return
+    api: Any = apis.api_of(task)
+    sender, result = sender_of(task), result_of(row, task)
+    if error is None:
+        api.signals.task_finished.send(sender, task_result=result)
+        return
+    try:
+        raise error
+    except BaseException:  # Django's own receiver logs the exception that is being handled
+        api.signals.task_finished.send(sender, task_result=result)

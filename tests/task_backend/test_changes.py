@@ -1,0 +1,158 @@
+"""Canceling and retrying: from code, by the actions of the admin, and by the command."""
+
+from io import StringIO
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.core.management import call_command
+from django.urls import reverse
+
+from modelqueue import State, Status, verbs
+from modelqueue.exceptions import Cancel
+from modelqueue.task_backend.models import QueuedTask
+from tests.task_backend.backends import States, backend, queue_of, refreshed, row_of, run_all, run_one, tasks
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def in_admin(action):
+    def change(result, admin_client):
+        data = {"action": action, "_selected_action": [row_of(result).pk]}
+        response = admin_client.post(
+            reverse("admin:modelqueue_tasks_queuedtask_changelist"), data, follow=True
+        )
+        return any(str(message).startswith("1 ") for message in response.context["messages"])
+
+    return change
+
+
+def by_command(verb):
+    def change(result, admin_client):
+        out = StringIO()
+        try:
+            call_command(
+                "modelqueue", verb, "default", "--pk", str(row_of(result).pk), stdout=out, stderr=out
+            )
+        except SystemExit as ended:
+            return ended.code == 0
+        return True
+
+    return change
+
+
+CANCEL = {
+    "code": lambda result, _: backend().cancel(result.id),
+    "async code": lambda result, _: async_to_sync(backend().acancel)(result.id),
+    "admin": in_admin("cancel_tasks"),
+    "command": by_command("cancel"),
+}
+RETRY = {
+    "code": lambda result, _: backend().retry(result.id),
+    "async code": lambda result, _: async_to_sync(backend().aretry)(result.id),
+    "admin": in_admin("retry_tasks"),
+    "command": by_command("retry"),
+}
+
+
+@pytest.fixture(params=CANCEL)
+def cancel(request, admin_client):
+    return lambda result: CANCEL[request.param](result, admin_client)
+
+
+@pytest.fixture(params=RETRY)
+def retry(request, admin_client):
+    return lambda result: RETRY[request.param](result, admin_client)
+
+
+def test_waiting_task_is_canceled_and_never_runs(cancel):
+    result = tasks.note.enqueue("a")
+    assert cancel(result)
+    assert run_all() == []
+    assert (refreshed(result).status, result.attempts, result.errors) == (States.FAILED, 0, [])
+    assert result.finished_at >= result.enqueued_at.replace(microsecond=0)
+    assert tasks.times("a") == 0
+
+
+def test_task_that_waits_for_another_attempt_is_canceled_with_the_errors_it_had(cancel):
+    result = tasks.fail_at_first.enqueue("a")
+    run_one()
+    assert cancel(result)
+    assert run_all() == []
+    assert (refreshed(result).status, [one.exception_class for one in result.errors]) == (
+        States.FAILED,
+        [ValueError],
+    )
+
+
+def test_running_task_is_canceled_and_what_it_gives_is_dropped(cancel):
+    result = tasks.add.enqueue(1, 2)
+    source = queue_of().source()
+    (claim,) = verbs.claim(source)
+    assert cancel(result)
+    assert (refreshed(result).status, result.attempts) == (States.FAILED, 1)
+    queue_of().attempt(claim, source).process(queue_of().action)
+    assert refreshed(result).status == States.FAILED
+    assert [one.exception_class for one in result.errors] == [Cancel]
+    assert "canceled while it ran" in result.errors[0].traceback
+    assert row_of(result).return_value is None
+
+
+@pytest.mark.parametrize("status", [Status.finished, Status.canceled])
+def test_task_that_is_over_is_not_canceled(status, cancel):
+    result = tasks.add.enqueue(1)
+    QueuedTask.objects.update(status=status())
+    before = row_of(result).status
+    assert not cancel(result)
+    assert row_of(result).status == before
+
+
+def test_failed_task_is_retried_with_all_its_attempts_and_keeps_its_errors(retry):
+    result = tasks.fail_at_first.enqueue("a", 4)
+    run_all()
+    assert (refreshed(result).status, result.attempts) == (States.FAILED, 3)
+    assert retry(result)
+    assert (refreshed(result).status, result.attempts, result.finished_at) == (States.READY, 3, None)
+    run_all()
+    assert (refreshed(result).status, result.return_value, result.attempts) == (
+        States.SUCCESSFUL,
+        "at last",
+        5,
+    )
+    assert [one.traceback.split()[-1] for one in result.errors] == ["1", "2", "3", "4"]
+
+
+def test_task_that_was_canceled_while_it_ran_is_retried_and_keeps_that(retry):
+    result = tasks.cancel_itself.enqueue()
+    run_all()
+    assert (refreshed(result).status, result.attempts) == (States.FAILED, 1)
+    assert retry(result)
+    assert (refreshed(result).status, result.attempts) == (States.READY, 1)
+    run_all()
+    assert (refreshed(result).status, result.return_value, result.attempts) == (
+        States.SUCCESSFUL,
+        "returned",
+        2,
+    )
+    assert [one.exception_class for one in result.errors] == [Cancel]
+
+
+@pytest.mark.parametrize("state", [State.waiting, State.working, State.finished])
+def test_task_that_has_not_failed_is_not_retried(state, retry):
+    result = tasks.add.enqueue(1)
+    QueuedTask.objects.update(status=Status.combine(state, 5, 0))
+    assert not retry(result)
+    assert row_of(result).status == Status.combine(state, 5, 0)
+
+
+def test_others_are_left_alone(cancel):
+    result, other = tasks.add.enqueue(1), tasks.add.enqueue(2)
+    assert cancel(result)
+    assert run_all() == [other.id]
+
+
+def test_canceled_task_that_is_claimed_by_nobody_is_told_by_its_time():
+    result = tasks.add.enqueue(1)
+    backend().cancel(result.id)
+    result.refresh()
+    assert result.is_finished
+    assert (result.started_at, result.last_attempted_at, result.worker_ids) == (None, None, [])
