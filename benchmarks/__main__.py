@@ -29,6 +29,7 @@ from benchmarks.measures import (
     load,
     neighbour,
     pickup,
+    tasks,
     trigger,
 )
 from benchmarks.report import Report
@@ -43,13 +44,14 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Table]]] = {
     "pickup": pickup.measure,
     "cost": cost.measure,
     "neighbour": neighbour.measure,
+    "tasks": tasks.measure,
     "trigger": trigger.measure,
     "bulk": bulk.measure,
     "indexes": indexes.measure,
     "existing": existing.measure,
 }
 #: What is measured with --long, or by its name, and not else.
-APART = ("trigger", "bulk", "indexes", "existing")
+APART = ("tasks", "trigger", "bulk", "indexes", "existing")
 
 DATABASES = ("postgres", "mariadb", "sqlite", "redis")
 

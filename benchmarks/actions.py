@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 #: Seconds that a task of this kind sleeps.
-SLEEPS = {"sleep 10 ms": 0.01, "sleep 50 ms": 0.05}
+SLEEPS = {"sleep 10 ms": 0.01, "sleep 50 ms": 0.05, "sleep 10 min": 600.0}
 #: Seconds of the processor that a task of this kind takes.
 SPINS = {"1 ms of CPU": 0.001}
 KINDS = ("nothing", *SPINS, *SLEEPS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from benchmarks.crew import Crew, Load
-from benchmarks.environments import python_with, versions
+from benchmarks.environments import python_of, versions
 from benchmarks.inside import run_inside
 from benchmarks.roster import CONTENDERS, Contender
 from benchmarks.stores import Postgres, Store, Unavailable, open_store
@@ -92,7 +92,7 @@ class Bench:
     def crew(self, contender: Contender, load: Load, **more: str) -> Crew:
         """Return the contender, with its packages."""
         store = self.store(contender.store)
-        python = python_with(f"{contender.name}-{contender.store}", contender.requirements)
+        python = python_of(contender)
         self.versions.update(versions(python, contender.requirements or ("psycopg",)))
         return Crew(contender, store, load, dict(more))
 

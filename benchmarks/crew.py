@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.actions import count_told, told
-from benchmarks.environments import CHECKOUT, ROOT, python_with
+from benchmarks.environments import CHECKOUT, ROOT, python_of
 from benchmarks.roster import Contender
 from benchmarks.stores import Postgres, Spent, Store
 
-__all__ = ["Crew", "Load", "Turn"]
+__all__ = ["Crew", "Load", "Turn", "end"]
 
 #: Seconds that a worker may take for its tasks.
 PATIENCE = 900.0
@@ -143,7 +143,7 @@ class Crew:
                 log.seek(0)
                 raise RuntimeError(f"{error} Its worker said: {_last_line(log.read())}") from error
             finally:
-                _end(processes)
+                end(processes)
 
     @contextmanager
     def feeding(self) -> Iterator[Callable[[int], float]]:
@@ -171,9 +171,7 @@ class Crew:
 
     @property
     def _command(self) -> list[str]:
-        contender = self.contender
-        python = python_with(f"{contender.name}-{contender.store}", contender.requirements)
-        return [python, "-m", "benchmarks.contenders", contender.module]
+        return [python_of(self.contender), "-m", "benchmarks.contenders", self.contender.module]
 
     @property
     def _environment(self) -> dict[str, str]:
@@ -247,7 +245,7 @@ def _as_told(path: Path, ended: float | None) -> Turn:
     return Turn(begin, begun, ended or records[-1][0])
 
 
-def _end(processes: list[subprocess.Popen[str]]) -> None:
+def end(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:

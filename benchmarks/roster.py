@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 
 import django
 
-__all__ = ["CONTENDERS", "OURS", "PGQUEUER", "PROCRASTINATE", "RAW", "Contender"]
+__all__ = [
+    "CONTENDERS",
+    "DJANGO_TASKS",
+    "OURS",
+    "OUR_TASKS",
+    "PGQUEUER",
+    "PROCRASTINATE",
+    "RAW",
+    "Contender",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +45,11 @@ class Contender:
     """One command starts as many as it is asked for."""
     ends: bool = True
     """It stops when nothing is left."""
+    python: tuple[int, int] = (3, 10)
+    """The oldest version that it takes."""
+    quickest: Mapping[str, str] = field(default_factory=dict)
+    """With which a task of a killed worker runs again as soon as it can, if it has such settings."""
+    quickest_in_words: str = ""
     sessions: int = 0
     """In how many each of its processes commits (PostgreSQL); 0: that depends on how many tasks it runs."""
 
@@ -88,7 +102,54 @@ PROCRASTINATE = Contender(
     table="procrastinate_jobs",
     done="procrastinate_jobs WHERE status = 'succeeded'",
     share=0.1,
+    quickest={"BENCHMARK_RECOVERS": "1"},
+    quickest_in_words="its recipe of a periodic task, every 5 s, for workers without a heartbeat for 5 s",
 )
+_TASKS = "modelqueue_tasks_queuedtask"
+OUR_TASKS = Contender(
+    "ModelQueue",
+    "with_django_tasks",
+    "postgres",
+    (),
+    "defaults",
+    table=_TASKS,
+    done=f"{_TASKS} WHERE status >= 4000000000000000000",
+    has_processes=True,
+    quickest={"BENCHMARK_LEASE": "3"},
+    quickest_in_words="lease=3",
+)
+DJANGO_TASKS_DB = Contender(
+    "django-tasks-db",
+    "with_django_tasks_db",
+    "postgres",
+    ("django-tasks-db[compat]", "psycopg[binary]"),
+    "CONN_MAX_AGE=None",
+    table="django_tasks_database_dbtaskresult",
+    done="django_tasks_database_dbtaskresult WHERE status = 'SUCCESSFUL'",
+    adds_many=False,
+    share=0.05,
+    sessions=1,
+)
+DJANGO_OX = Contender(
+    "django-ox",
+    "with_django_ox",
+    "postgres",
+    (
+        "django-ox" if django.VERSION >= (6, 0) else "django-ox[backport]",
+        f"Django=={django.__version__}",
+        "psycopg[binary]",
+    ),
+    "CONN_MAX_AGE=None, 4 threads",
+    table="django_ox_oxtask",
+    done="django_ox_oxtask WHERE status = 'SUCCESSFUL'",
+    python=(3, 12),
+    share=0.05,
+    quickest={"BENCHMARK_LEASE": "3"},
+    quickest_in_words="LOCK_TIMEOUT=3",
+)
+
+#: Those that run Django tasks, and one that could.
+DJANGO_TASKS = [OUR_TASKS, DJANGO_TASKS_DB, DJANGO_OX, PROCRASTINATE]
 
 CONTENDERS = [
     OURS,
@@ -117,18 +178,7 @@ CONTENDERS = [
         sessions=1,
     ),
     PROCRASTINATE,
-    Contender(
-        "django-tasks-db",
-        "with_django_tasks_db",
-        "postgres",
-        ("django-tasks-db[compat]", "psycopg[binary]"),
-        "CONN_MAX_AGE=None",
-        table="django_tasks_database_dbtaskresult",
-        done="django_tasks_database_dbtaskresult WHERE status = 'SUCCESSFUL'",
-        adds_many=False,
-        share=0.05,
-        sessions=1,
-    ),
+    DJANGO_TASKS_DB,
     Contender(
         "modelqueue 2.2.1",
         "loop",

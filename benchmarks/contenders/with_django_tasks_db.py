@@ -47,4 +47,4 @@ enqueue = enqueue_singly  # it has no way to add many at once
 
 
 def work() -> None:
-    call_command("db_worker", batch=True, verbosity=0, startup_delay=False)
+    call_command("db_worker", batch=os.environ["BENCHMARK_DRAIN"] == "1", verbosity=0, startup_delay=False)

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 import psycopg
-from procrastinate import App, PsycopgConnector
+from procrastinate import App, JobContext, PsycopgConnector
 
 from benchmarks.actions import async_action
 
@@ -15,6 +15,11 @@ _ROWS = 1000
 #: How many tasks one process runs at a time.
 _CONCURRENCY = int(os.environ["BENCHMARK_SLOTS"]) or 20
 
+#: Seconds without a heartbeat after which a worker is dead for its recipe.
+_SILENCE = 5.0
+_RECOVERS = bool(os.environ.get("BENCHMARK_RECOVERS"))
+_LIVELY = {"update_heartbeat_interval": 1.0, "stalled_worker_timeout": _SILENCE} if _RECOVERS else {}
+
 app = App(connector=PsycopgConnector(min_size=10, max_size=20))
 act = async_action()
 
@@ -22,6 +27,16 @@ act = async_action()
 @app.task(name="task")
 async def task(number: int) -> None:
     await act(number)
+
+
+if _RECOVERS:
+
+    @app.periodic(cron=f"* * * * * */{_SILENCE:.0f}")
+    @app.task(queueing_lock="recover", pass_context=True)
+    async def recover(context: JobContext, timestamp: int) -> None:
+        """Do as its documentation says; without that nothing is ever recovered."""
+        for job in await app.job_manager.get_stalled_jobs(seconds_since_heartbeat=_SILENCE):
+            await app.job_manager.retry_job(job)
 
 
 def create() -> None:
@@ -52,4 +67,9 @@ def work() -> None:
 
 async def _work() -> None:
     async with app.open_async():
-        await app.run_worker_async(wait=False, concurrency=_CONCURRENCY, install_signal_handlers=False)
+        await app.run_worker_async(
+            wait=os.environ["BENCHMARK_DRAIN"] != "1",
+            concurrency=_CONCURRENCY,
+            install_signal_handlers=False,
+            **_LIVELY,
+        )
