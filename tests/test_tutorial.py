@@ -21,6 +21,7 @@ from tests import pages
 from tests.processes import wait_until
 
 PAGE = pages.DOCS / "tutorial" / "index.md"
+PAGE_OF_TASKS = pages.DOCS / "tutorial" / "django-tasks.md"
 FIRST, LAST = int(Status.minimum("waiting")), int(Status.maximum("working"))
 
 #: What a reader checks in the browser.
@@ -47,6 +48,67 @@ assert answer.status_code == 302, answer.content
 print("the admin works")
 """
 
+#: What a reader of the page about Django tasks does in the browser.
+AUDIT = """
+import time
+from django.test import Client
+from django.test.utils import setup_test_environment
+setup_test_environment()
+client = Client(enforce_csrf_checks=True)
+
+def get(url):
+    page = client.get(url)
+    assert page.status_code == 200, page.status_code
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    text = page.content.decode()
+    assert not any(word in text for word in ("<script", "<style", "style=", "onclick=")), text
+    return text
+
+def start():
+    index = get("/audits/")
+    token = index.partition('name="csrfmiddlewaretoken" value="')[2].partition('"')[0]
+    answer = client.post("/audits/start/", {"csrfmiddlewaretoken": token})
+    assert answer.status_code == 302, answer.content
+    return answer.headers["Location"]
+
+def ended(url):
+    deadline = time.monotonic() + 60
+    while 'http-equiv="refresh"' in (text := get(url)):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.05)
+    return text
+"""
+RUNNING = (
+    AUDIT
+    + """
+from pathlib import Path
+from django.contrib.staticfiles import finders
+assert finders.find("audits/audits.css")
+text = ended(start())
+assert "Successful" in text, text
+assert "5 of 5 documents" in text, text
+assert "5 documents, 0 of them changed." in text, text
+changed = Path("audits/models.py")
+changed.write_text(changed.read_text() + "# changed\\n")
+text = ended(start())
+assert "5 documents, 1 of them changed." in text and "<li>audits/models.py</li>" in text, text
+print("the page works")
+"""
+)
+STOPPED = (
+    AUDIT
+    + """
+text = get(start())
+assert "Ready" in text and 'http-equiv="refresh"' in text, text
+print("it waits")
+"""
+)
+STATES = """
+from collections import Counter
+from modelqueue.task_backend.models import QueuedTask
+print(dict(Counter(row.status.state.name for row in QueuedTask.objects.all())))
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
@@ -67,9 +129,12 @@ def wheel(tmp_path_factory) -> Path:
 class Reader:
     """Types what the tutorial says. Workers run beside; before the next command Ctrl-C stops them."""
 
-    def __init__(self, folder: Path, wheel: Path) -> None:
+    page = PAGE
+    #: What is done in the browser.
+    browse = ADMIN
+
+    def __init__(self, folder: Path, wheel: Path | None) -> None:
         self.folder = folder
-        self.wheel = wheel
         self.environment = {
             name: value
             for name, value in os.environ.items()
@@ -77,11 +142,14 @@ class Reader:
                 ("DJANGO", "MODELQUEUE", "COV", "PYTHON", "PYTEST", "VIRTUAL_ENV", "UV_", "PIP_")
             )
         }
-        # The wheel comes from the folder where it was built, and no index is asked.
+        if wheel is not None:
+            # It comes from the folder where it was built, and no index is asked.
+            self.environment |= {
+                "PIP_NO_INDEX": "1",
+                "PIP_FIND_LINKS": str(wheel.parent),
+                "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            }
         self.environment |= {
-            "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": str(wheel.parent),
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "DJANGO_SUPERUSER_PASSWORD": "secret",
             "PYTHONUNBUFFERED": "1",
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -90,7 +158,7 @@ class Reader:
         self.output: list[str] = []
 
     def read(self) -> None:
-        for block in pages.blocks(PAGE, "python", "console"):
+        for block in pages.blocks(self.page, "python", "console"):
             if block.file:
                 block.write(self.folder)
             else:
@@ -119,11 +187,11 @@ class Reader:
                 path = self.environment["PATH"].split(os.pathsep)
                 self.environment["PATH"] = os.pathsep.join(dict.fromkeys([str(scripts), *path]))
                 return ""
-            case ["python", "manage.py", "modelqueue"]:
+            case ["python", "manage.py", "modelqueue"] if not line.endswith("--drain"):
                 self.workers.append(self.start(line))
                 return ""
             case ["python", "manage.py", "runserver"]:
-                return self.call(["python", "manage.py", "shell", "-c", ADMIN])
+                return self.call(["python", "manage.py", "shell", "-c", self.browse])
         self.stop_workers()
         if "createsuperuser" in line:
             line += " --noinput"
@@ -231,3 +299,30 @@ def test_tutorial_ends_in_a_working_queue(reader, tmp_path):
     reader.command("python manage.py modelqueue worker")
     reader.stop_workers()
     assert "document 1: 5 words" in reader.output[-1]
+
+
+class ReaderOfTasks(Reader):
+    """Types what the page about Django tasks says, in a copy of the examples."""
+
+    page = PAGE_OF_TASKS
+    browse = RUNNING
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, None)
+        self.environment["PYTHONPATH"] = str(pages.ROOT / "src")
+        ignored = shutil.ignore_patterns("__pycache__", "*.sqlite3*")
+        shutil.copytree(pages.ROOT / "examples", folder / "examples", ignore=ignored)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.vendor("sqlite")
+def test_tutorial_of_django_tasks_ends_in_a_working_page(tmp_path):
+    one = ReaderOfTasks(tmp_path)
+    try:
+        one.read()
+        one.stop_workers()
+        assert "it waits" in one.call(["python", "manage.py", "shell", "-c", STOPPED])
+        one.call("python manage.py modelqueue worker default --drain")
+        assert "{'finished': 3}" in one.call(["python", "manage.py", "shell", "-c", STATES])
+    finally:
+        one.close()

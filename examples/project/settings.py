@@ -36,8 +36,15 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.staticfiles",
     "modelqueue",  # (*) the command `modelqueue worker`, and system checks
+    "modelqueue.task_backend",  # (*) the table of Django tasks
     "documents",
+    "audits",
 ]
+if django.VERSION < (6, 0):  # (*) whose task API comes as a package, by modelqueue[tasks]
+    INSTALLED_APPS.append("django_tasks")
+
+# (*) Django tasks are run by the same worker.
+TASKS = {"default": {"BACKEND": "modelqueue.task_backend.ModelQueueBackend"}}
 
 # (*) What the queue does, one JSON object per line.
 LOGGING = {
@@ -54,6 +61,7 @@ LOGGING = {
 }
 
 MIDDLEWARE = [
+    "project.csp.strict",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",

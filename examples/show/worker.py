@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+#: The demo is of this one alone.
+QUEUE = "documents.analyze"
 MANAGE = Path(__file__).resolve().parent.parent / "manage.py"
 
 Line = dict[str, Any]
@@ -29,7 +31,16 @@ class Worker:
         # Old files have odd escapes in their strings, which Python would warn of again and again.
         warnings = "ignore::SyntaxWarning,ignore::DeprecationWarning"
         self._process = subprocess.Popen(
-            [sys.executable, str(MANAGE), "modelqueue", "worker", "--drain", "--processes", str(processes)],
+            [
+                sys.executable,
+                str(MANAGE),
+                "modelqueue",
+                "worker",
+                QUEUE,
+                "--drain",
+                "--processes",
+                str(processes),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
