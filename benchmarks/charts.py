@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +33,17 @@ class Bars:
 
     def draw(self, table: Table, axes: Any) -> None:
         columns = self._columns(table)
-        thickness = 0.8 / len(columns)
+        thickness = 0.8 / max(len(columns), 1)  # other numbers of processes were measured, perhaps
         longest = 0.0
         for place, column in enumerate(columns):
             for position, row in enumerate(table.rows):
                 if values := _values(row[table.header.index(column)]):
                     at = position + (place - (len(columns) - 1) / 2) * thickness
                     longest = max(longest, *values)
-                    axes.barh(at, median(values), thickness * 0.9, color=_COLOURS[place])
+                    axes.barh(at, median(values), thickness * 0.9, color=_COLOURS[place % len(_COLOURS)])
                     axes.plot([min(values), max(values)], [at, at], color=_INK, linewidth=1.5)
                     axes.text(max(values), at, f" {number(median(values))}", va="center", color=_INK, size=8)
-            axes.barh(0, 0, color=_COLOURS[place], label=column)
+            axes.barh(0, 0, color=_COLOURS[place % len(_COLOURS)], label=column)
         axes.set_yticks(range(len(table.rows)), [self.label(row) for row in table.rows])
         if longest:
             axes.set_xlim(0, longest * 1.12)
@@ -76,7 +77,7 @@ class Lines:
 
     def draw(self, table: Table, axes: Any) -> None:
         names = table.header[1:]
-        for row, colour in zip(table.rows, _COLOURS, strict=False):
+        for row, colour in zip(table.rows, itertools.cycle(_COLOURS), strict=False):
             found = [_values(cell) for cell in row[1:]]
             places = [place for place, values in enumerate(found) if values]
             measured = [values for values in found if values]

@@ -86,9 +86,12 @@ class Client:
             raise RuntimeError("a client has not started")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        has_died = self._process.poll() is not None
         self._process.terminate()
         self._end()
+        if has_died and kind is None:  # what it has measured would be too little
+            raise RuntimeError("a client has ended before it was told to")
 
     def _end(self) -> None:
         with self._folder, self._process:
