@@ -35,6 +35,9 @@ class Target:
 
 
 class Errands(Target):
+    def __str__(self) -> str:
+        return "plain queue"
+
     def seconds_of_lease(self) -> float:
         from tests.testapp.queues import do_errand
 
@@ -49,6 +52,9 @@ class Errands(Target):
 
 class DjangoTasks(Target):
     queues = ("default",)  # alone, so that its first claim takes a task for each thread
+
+    def __str__(self) -> str:
+        return "Django tasks"
 
     def __init__(self) -> None:
         from tests.task_backend.serving import VARIABLES

@@ -219,6 +219,7 @@ def test_task_that_hangs_is_ended_at_its_own_timeout_with_the_reason(deeds, serv
     assert (state(neighbour), neighbour.attempts) == ("SUCCESSFUL", 1)
 
 
+@pytest.mark.vendor("postgresql")  # the process that dies is the same everywhere
 def test_task_that_can_not_be_interrupted_is_ended_with_its_process_and_its_neighbour_is_not(deeds, serve):
     result, neighbour = deeds.swallow.enqueue(-1), deeds.do.enqueue("doze 3", number=-2)
     worker = serve("--threads", 2, "--grace", 6)
