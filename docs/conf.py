@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(admin|asyncio|collections|datetime|django|dt|enum|forms|models|types|typing)\..*"),
     ("py:class", r"Any|Callable|Combinable|Manager|Model|ModelAdmin|QuerySet|Signal"),
     # Type variables and aliases of the code.
-    ("py:class", r"(.*\.)?(M|_ST|_GT|Action|Given|Origin|StateLike|Tasks)"),
+    ("py:class", r"(.*\.)?(M|_ST|_GT|Action|Given|Origin|StateLike|TaskOptions|Tasks)"),
 ]
 
 html_theme = "furo"
