@@ -2,6 +2,7 @@
 
 import datetime as dt
 import re
+import sys
 from contextlib import suppress
 
 import pytest
@@ -263,6 +264,7 @@ NONSENSE = {
     "another atomic": (lambda task: {"atomic": "yes"}, "TypeError: atomic is True or False, not 'yes'"),
     "another class": (lambda task: {"cancel_on": [KeyError]}, "TypeError: cancel_on is an exception class"),
     "an error": (fail, "RuntimeError: nobody knows"),
+    "an exit": (lambda task: sys.exit("no"), r"RuntimeError: task_options=.* ended with SystemExit\('no'\)"),
     "of the database": (lambda task: Delivery.objects.raw("SELECT nothing")[0], r"\w+Error: "),
 }
 

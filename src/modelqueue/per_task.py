@@ -69,7 +69,7 @@ class PerTask:
             Exception: what the hook raised.
         """
         retry = self._terms.policy.retry if self._retry is None else getattr(task, self._retry.attname)
-        options = {} if self._options is None else self._options(task)
+        options = {} if self._options is None else self._asked(self._options, task)
         if not isinstance(options, Mapping):
             raise TypeError(
                 f"task_options={self._options!r} returned {options!r}. It returns a dict of what differs for "
@@ -79,6 +79,12 @@ class PerTask:
             return self._remembered(retry, options)
         except TypeError:  # a value without a hash, or a wrong one, which tells of itself
             return self._made(retry, options)
+
+    def _asked(self, hook: Callable[[Any], TaskOptions], task: models.Model) -> TaskOptions:
+        try:
+            return hook(task)
+        except SystemExit as error:  # of a module that it imports: it is to end neither claims nor recovery
+            raise RuntimeError(f"task_options={hook!r} ended with SystemExit({error.code!r}).") from error
 
     def without_options(self, task: models.Model) -> Terms:
         """Return the terms of a task whose options can not be told: its own retry, where that is right."""

@@ -363,8 +363,9 @@ def prune(
 
     page = engine.patiently(functools.partial(read, first, Q()))
     while page:
-        keys = {pk: owner[0] if owner else pk for pk, _, *owner in page}
+        keys, began = {pk: owner[0] if owner else pk for pk, _, *owner in page}, time.monotonic()
         pruned = _delete(rows.filter(is_old), column, keys)
+        engine.rest(time.monotonic() - began)
         if pruned.deleted or pruned.protected:
             yield pruned
         # On from the last one, as those that were passed over are still there, however many they are. (Its

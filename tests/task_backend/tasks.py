@@ -42,6 +42,25 @@ async def add_later(a, b=0):
 
 
 @task
+async def count_later(text):
+    from tests.testapp.models import Ledger
+
+    return await Ledger.objects.filter(worker=text).acount()
+
+
+@policy(retry=0)
+@task
+def cancel_inside():
+    raise asyncio.CancelledError
+
+
+@policy(retry=0)
+@task
+async def cancel_inside_later():
+    raise asyncio.CancelledError
+
+
+@task
 def note(text):
     write_down(text)
     return text

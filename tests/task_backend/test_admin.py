@@ -199,3 +199,14 @@ def test_who_may_nothing_sees_nothing(client, rows):
         == 403
     )
     assert states(rows)["waiting"] == State.waiting
+
+
+def test_saving_the_page_writes_nothing(admin_client, rows, monkeypatch):
+    row = rows["waiting"]
+    monkeypatch.setattr(QueuedTask, "save", None)
+    assert admin_client.post(page(row), {}).status_code == 302
+    assert row_of_pk(row.pk) == row.status
+
+
+def row_of_pk(pk):
+    return QueuedTask.objects.get(pk=pk).status

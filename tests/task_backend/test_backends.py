@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
 from django.db import connections
 
@@ -365,3 +366,42 @@ def test_zone_of_a_request_changes_no_time():
         result.refresh()
     for one in (result.enqueued_at, result.started_at, result.finished_at):
         assert before <= one <= dt.datetime.now() + SECOND
+
+
+@pytest.mark.usefixtures("_naive")
+def test_task_may_be_deferred_to_a_time_with_a_zone_where_the_project_has_none():
+    moment = dt.datetime(2126, 1, 2, tzinfo=dt.timezone.utc)
+    result = tasks.add.using(run_after=moment).enqueue(1)
+    assert backend().get_result(result.id).task.run_after == moment.astimezone().replace(tzinfo=None)
+
+
+def test_time_beyond_the_calendar_is_refused():
+    moment = dt.datetime.max.replace(tzinfo=dt.timezone(dt.timedelta(hours=-5)))
+    with pytest.raises(api.InvalidTask, match="beyond the calendar"):
+        tasks.add.using(run_after=moment).enqueue(1)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"default": {"QUEUES": ["default", "reports"]}, "reports": {"QUEUES": []}},
+        {"default": {"QUEUES": ["x:default"]}, "x": {}},
+        {"default": {"QUEUES": ["mail", "Mail"]}},
+        {"default": {"QUEUES": ["a b", "a_b"]}},
+    ],
+)
+def test_queues_that_the_worker_would_call_alike_are_refused(both, settings):
+    with pytest.raises(ImproperlyConfigured, match=r"TASKS\[.* and .*TASKS\[.* would both call"):
+        settings.TASKS = {alias: {"BACKEND": BACKEND, **one} for alias, one in both.items()}
+
+
+def test_queue_that_the_command_line_can_not_take_has_underscores_there(settings):
+    settings.TASKS = {"default": {"BACKEND": BACKEND, "QUEUES": ["high priority", "mails/bulk"]}}
+    result = tasks.add.using(queue_name="high priority").enqueue(1)
+    assert run_all("high_priority") == [result.id]
+    assert {queue.name for queue in task_queues()} == {"high_priority", "mails_bulk"}
+
+
+def test_queue_that_is_named_twice_is_one(settings):
+    settings.TASKS = {"default": {"BACKEND": BACKEND, "QUEUES": ["mail", "mail"]}}
+    assert [queue.name for queue in task_queues()] == ["mail"]

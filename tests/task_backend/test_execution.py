@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from modelqueue import State
+from modelqueue.task_backend import results
 from modelqueue.task_backend.models import QueuedTask
 from tests.task_backend.backends import States, backend, refreshed, row_of, run_all, run_one, tasks
 from tests.testapp.models import Ledger
@@ -235,3 +236,37 @@ def test_queue_that_the_backend_has_no_more_is_in_nobodys_way(settings):
     assert run_all() == [kept.id]
     settings.TASKS = {**settings.TASKS, "other": {**settings.TASKS["other"], "QUEUES": ["blue", "red"]}}
     assert run_all() == [result.id]
+
+
+def test_module_that_exits_fails_its_own_task_alone(store, monkeypatch):
+    actual = results.import_string
+
+    def leave(path):
+        if path.endswith("exits.work"):
+            raise SystemExit("SETTING is missing")
+        return actual(path)
+
+    result, other = store("tests.task_backend.exits.work", retry=0), tasks.add.enqueue(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "import_string", leave)
+        run_all()
+        with pytest.raises(ImportError, match="SystemExit: SETTING is missing"):
+            backend().get_result(result.id)
+    assert row_of(result).status.state == State.canceled
+    assert refreshed(other).status == States.SUCCESSFUL
+
+
+@pytest.mark.parametrize("name", ["cancel_inside", "cancel_inside_later"])
+def test_cancellation_that_comes_from_within_is_a_failure(name):
+    result = getattr(tasks, name).enqueue()
+    run_all()
+    assert (refreshed(result).status, result.attempts) == (States.FAILED, 1)
+    assert "ended with asyncio.CancelledError, of its own" in result.errors[0].traceback
+
+
+@pytest.mark.django_db(transaction=False)
+def test_async_task_sees_what_is_in_the_transaction_of_a_test():
+    tasks.write_down("a")
+    result = tasks.count_later.enqueue("a")
+    run_all()
+    assert refreshed(result).return_value == 1

@@ -62,6 +62,10 @@ def test_each_effect_of_atomic_tasks_is_there_once_though_workers_are_killed_at_
     results = backend.enqueue_many((book, [n, random.uniform(0, LONGEST)], {}) for n in range(TASKS))
     (queue,) = [one for one in task_queues() if one.name == "default"]
     team, struck, goal = [start(workers) for _ in range(WORKERS)], Counter(), 0
+    wait_until(lambda: queue.tally()["working"] >= 2 * WORKERS)
+    for worker in team[:]:  # all at once, so that attempts are lost for sure
+        worker.kill_group()
+        team[team.index(worker)] = start(workers)
     while True:
         goal += random.randint(1, 2 * PER_KILL)
         if goal >= TASKS:

@@ -217,3 +217,16 @@ def test_task_that_is_retried_by_hand_takes_its_place_again():
     assert backend().retry(result.id)
     promote(queue_of())
     assert run_all() == [higher, result.id, lower]
+
+
+def test_promotion_goes_on_where_somebody_was_quicker_with_one(monkeypatch):
+    monkeypatch.setattr(execution, "_BATCH", 2)
+    moment = in_an_hour()
+    ids = enqueue(*[3] * 5, run_after=moment)
+    actual = execution.engine_for("default")
+    kind, write = type(actual), type(actual).set_statuses
+    monkeypatch.setattr(kind, "set_statuses", lambda self, source, changes: write(self, source, changes[:1]))
+    with testing.travel(moment):
+        assert promote(queue_of()) == 5
+        monkeypatch.undo()
+        assert run_all() == ids

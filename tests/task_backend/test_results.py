@@ -217,7 +217,7 @@ def test_attempt_whose_process_was_killed_is_told_of(task, status):
 
 def test_attempt_is_told_of_where_nobody_came_to_note_it(monkeypatch):
     """The process was killed after the outcome was written: the next claim notes it."""
-    monkeypatch.setattr(receivers, "_record_failure", lambda rows: None)
+    monkeypatch.setattr(receivers, "record_attempt", lambda rows: None)
     result = tasks.fail_at_first.enqueue("a")
     run_one()
     assert [error.exception_class for error in refreshed(result).errors] == [ValueError]
@@ -234,3 +234,64 @@ def test_row_with_a_foreign_number_is_ready_and_in_nobodys_way():
     assert run_all() == [other.id]
     assert (refreshed(result).status, refreshed(other).status) == (States.READY, States.SUCCESSFUL)
     assert row_of(other).status.state == State.finished
+
+
+def claim_after_a_failure(monkeypatch):
+    """Claim a task once more whose first attempt has failed, which nobody has noted yet."""
+    result = tasks.fail_at_first.enqueue("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(receivers, "record_attempt", lambda rows: None)
+        run_one()
+    source = queue_of().source()
+    (claim,) = verbs.claim(source)
+    return result, source, claim
+
+
+def test_attempt_that_begins_after_it_was_taken_back_changes_nothing_of_what_others_noted(monkeypatch):
+    result, source, claim = claim_after_a_failure(monkeypatch)
+    policy = queue_of().policy_of(claim.row)
+    assert verbs.take_back(source, policy, claim.row, {claim.lease}, WorkerDied("its process 7 was killed"))
+    before = QueuedTask.objects.filter(result_id=result.id).values().get()
+    receivers._claimed(QueuedTask, "default", claim.task, claim.row.before)
+    assert QueuedTask.objects.filter(result_id=result.id).values().get() == before
+
+
+def test_attempt_that_was_given_back_is_none_and_counts_none_twice(monkeypatch):
+    result, source, claim = claim_after_a_failure(monkeypatch)
+    receivers._claimed(QueuedTask, "default", claim.task, claim.row.before)
+    assert verbs.release(source, claim.row, {claim.lease})
+    result.refresh()
+    assert ([one.exception_class for one in result.errors], result.attempts) == ([ValueError], 1)
+    backend().cancel(result.id)
+    result.refresh()
+    assert ([one.exception_class for one in result.errors], result.attempts) == ([ValueError], 1)
+
+
+def test_attempt_that_asked_for_another_is_no_canceled_one():
+    result = tasks.snooze.enqueue("a")
+    run_one()
+    assert backend().cancel(result.id)
+    result.refresh()
+    assert (result.status, result.attempts, result.errors) == (States.FAILED, 0, [])
+
+
+def test_attempt_that_was_canceled_stays_though_the_task_is_retried_at_once():
+    result = tasks.add.enqueue(1)
+    queue_of().claim()
+    assert backend().cancel(result.id)
+    assert backend().retry(result.id)
+    result.refresh()
+    assert (result.status, result.attempts) == (States.READY, 1)
+    assert "canceled while it ran" in result.errors[0].traceback
+    run_all()
+    assert (refreshed(result).status, result.attempts, len(result.errors)) == (States.SUCCESSFUL, 2, 1)
+
+
+def test_result_of_a_queue_or_backend_that_is_no_more_is_found(settings):
+    result = tasks.note_elsewhere.using(queue_name="blue").enqueue("a")
+    ran = tasks.note_elsewhere.enqueue("b")
+    run_all()
+    settings.TASKS = {**settings.TASKS, "other": {**settings.TASKS["other"], "QUEUES": ["green"]}}
+    assert backend("other").get_result(result.id).status == States.SUCCESSFUL
+    assert backend("other").get_result(ran.id).return_value == "b"
+    assert backend("other").get_result(ran.id).task.queue_name == "red"

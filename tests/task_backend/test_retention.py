@@ -7,9 +7,10 @@ import pytest
 from django.core.management import call_command
 
 import modelqueue
-from modelqueue import Status, testing
+from modelqueue import Status, testing, verbs
 from modelqueue.task_backend import queues
 from modelqueue.task_backend.models import QueuedTask
+from tests.actions import LONG_AGO
 from tests.task_backend.backends import BACKEND, api, backend, queue_of, run_all, setting, tasks
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -63,7 +64,7 @@ def test_results_are_kept_for_ever_by_default():
 def test_upkeep_looks_for_old_results_now_and_then(settings, monkeypatch):
     settings.TASKS = setting(result_ttl=0)
     seen, queue = [], queue_of()
-    monkeypatch.setattr(type(queue), "prune", lambda self, age, state: seen.append(state.name))
+    monkeypatch.setattr(verbs, "prune", lambda rows, field, ttl, state: seen.append(state.name) or [])
     queue.keep_up()
     queue.keep_up()
     assert seen == ["finished", "canceled"]
@@ -72,6 +73,27 @@ def test_upkeep_looks_for_old_results_now_and_then(settings, monkeypatch):
     for _ in range(2):
         queue_of().keep_up()
     assert len(seen) == 6
+
+
+def test_many_old_results_are_deleted_a_part_at_a_time_so_that_deferred_tasks_do_not_wait(
+    settings, monkeypatch
+):
+    settings.TASKS = setting(result_ttl=0)
+    monkeypatch.setattr(queues, "_PRUNE_SECONDS", 0.0)
+    facts = {
+        "backend_name": "default",
+        "queue_name": "default",
+        "function": "f",
+        "enqueued_at": modelqueue.now(),
+    }
+    QueuedTask.objects.bulk_create(
+        QueuedTask(result_id=str(number), status=Status.finished(LONG_AGO), **facts) for number in range(1100)
+    )
+    queue, counts = queue_of(), []
+    for _ in range(5):
+        queue.keep_up()
+        counts.append(QueuedTask.objects.count())
+    assert counts == [600, 100, 0, 0, 0]
 
 
 def test_each_backend_has_a_time_of_its_own(settings):

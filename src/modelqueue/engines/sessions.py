@@ -270,6 +270,9 @@ class Session:
     def note_contention(self) -> None:
         """Remember that other workers want this database, too."""
 
+    def rest(self, seconds: float) -> None:
+        """Let others write between two batches, one of which took so long: where one writes at a time."""
+
     def give_way(self) -> None:
         """Let other workers come to their turn; called after a task, outside of transactions."""
 

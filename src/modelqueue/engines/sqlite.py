@@ -142,6 +142,10 @@ class SQLiteEngine(Engine):
         options = self.connection.settings_dict["OPTIONS"]
         return dt.timedelta(seconds=options.get("timeout", _DEFAULT_TIMEOUT))
 
+    def rest(self, seconds: float) -> None:
+        # Who waits for the lock looks for it again after up to 100 ms.
+        time.sleep(min(seconds, 0.1))
+
     def give_way(self) -> None:
         if time.monotonic() < _contended_until.get(self.using, 0.0):
             time.sleep(random.uniform(0.001, 0.005))  # noqa: S311  (jitter)

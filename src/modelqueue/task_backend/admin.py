@@ -35,6 +35,9 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 
+    def save_model(self, *args: Any) -> None:
+        """Save nothing: no field can be changed here, and a worker may have changed them meanwhile."""
+
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return [field.name for field in QueuedTask._meta.fields]
 

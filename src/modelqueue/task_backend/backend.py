@@ -5,6 +5,7 @@ Who runs them is the ordinary worker, see `modelqueue.task_backend.queues`.
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import secrets
 import sys
@@ -126,17 +127,21 @@ class _Backend:
 
         self.validate_task(task)
         moment, options = now(), options_of(task)
-        at = moment if task.run_after is None else aware(task.run_after)
+        try:
+            at = moment if task.run_after is None else aware(task.run_after).astimezone(dt.timezone.utc)
+            number = next_priority(int(task.priority), at, moment)
+        except OverflowError as error:
+            raise self.api.InvalidTask(f"run_after={task.run_after} is beyond the calendar.") from error
         return QueuedTask(
             result_id=self._id(),
-            status=Status.waiting(next_priority(int(task.priority), at, moment)),
+            status=Status.waiting(number),
             backend_name=self.alias,
             queue_name=task.queue_name,
             function=task.module_path,
             arguments=self._json(task, {"args": list(args), "kwargs": dict(kwargs)}),
             task_priority=int(task.priority),
             retry=options.get("retry", self.parsed.retry),
-            run_after=task.run_after,
+            run_after=None if task.run_after is None else of_project(at),
             enqueued_at=of_project(moment),
         )
 
@@ -194,9 +199,13 @@ class _Backend:
             TaskResultDoesNotExist: there is no such task.
         """
         from modelqueue import verbs
+        from modelqueue.task_backend.receivers import record_attempt
 
-        row = self._find(result_id)
-        return bool(verbs.cancel(self._manager.filter(pk=row.pk), "status"))
+        rows = self._manager.filter(pk=self._find(result_id).pk)
+        has_done_so = bool(verbs.cancel(rows, "status"))
+        if has_done_so:  # now, as it may be retried before its worker hears of it
+            record_attempt(rows.filter(status__state="canceled", error=""))
+        return has_done_so
 
     async def acancel(self, result_id: str) -> bool:
         """Do so from asynchronous code, see `cancel`."""
@@ -218,9 +227,11 @@ class _Backend:
         return await sync_to_async(self.retry)(result_id)
 
     def _find(self, result_id: str) -> QueuedTask:
-        is_id = isinstance(result_id, str) and "\x00" not in result_id and len(result_id) <= LONGEST_ID
-        row = self._manager.filter(backend_name=self.alias, result_id=result_id).first() if is_id else None
-        if row is None:
+        row = None
+        # No database has halves of a surrogate pair, nor all of them NUL; nor tells MySQL a from A.
+        if isinstance(result_id, str) and len(result_id) <= LONGEST_ID and _is_text(result_id):
+            row = self._manager.filter(backend_name=self.alias, result_id=result_id).first()
+        if row is None or row.result_id != result_id:
             raise self.api.TaskResultDoesNotExist(result_id)
         return row
 
@@ -282,6 +293,12 @@ class ModelQueueBackend(_Default):
     def __new__(cls, alias: str, params: dict[str, Any]) -> Any:
         asked_by = sys._getframe(1).f_globals.get("__name__")
         if asked_by == apis.BACKPORT and cls.api.package != apis.BACKPORT:
+            if cls is not ModelQueueBackend:
+                raise apis.api(apis.BACKPORT).InvalidTaskBackend(
+                    f"TASKS[{alias!r}]['BACKEND'] is {cls.__module__}.{cls.__qualname__}, which is made of "
+                    "the backend for django.tasks, so django_tasks can not use it. Name ModelQueueBackend "
+                    "there, or use one API alone."
+                )
             return backport_backend()(alias, params)
         return super().__new__(cls)
 
@@ -289,6 +306,13 @@ class ModelQueueBackend(_Default):
 def backport_backend() -> Any:
     """Return the class of the backends of ``django-tasks`` where Django has an API of its own."""
     return _backend_class(apis.api(apis.BACKPORT), "BackportBackend")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return b"\x00" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _new_id() -> str:

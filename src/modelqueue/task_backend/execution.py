@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from inspect import iscoroutinefunction
 from typing import Any
 
+from django.db import DEFAULT_DB_ALIAS, connections
+
 from modelqueue.clock import now
 from modelqueue.engines import Change, engine_for
 from modelqueue.queues import Queue
@@ -47,13 +49,21 @@ def execute(row: QueuedTask) -> None:
     args = list(result.args)
     if task.takes_context:
         args.insert(0, api.TaskContext(task_result=result))
-    value = (
-        asyncio.run(_await(task, args, result.kwargs))
-        if iscoroutinefunction(task.func)
-        else task.call(*args, **result.kwargs)
-    )
+    try:
+        value = _call(task, args, result.kwargs, row)
+    except asyncio.CancelledError as error:
+        # Of something that the function awaits: nobody else cancels here. As it is, it would mean that the
+        # attempt was ended from outside, and is made again for nothing, and for ever.
+        raise RuntimeError("The function ended with asyncio.CancelledError, of its own.") from error
     if value is not None:
         row.return_value = api.as_json(value)
+
+
+def _call(task: Any, args: list[Any], kwargs: dict[str, Any], row: QueuedTask) -> Any:
+    using = row._state.db or DEFAULT_DB_ALIAS
+    if not iscoroutinefunction(task.func) or connections[using].in_atomic_block:
+        return task.call(*args, **kwargs)  # that of a test: it sees what is in its transaction alone
+    return asyncio.run(_await(task, args, kwargs))
 
 
 async def _await(task: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -101,6 +111,6 @@ def promote(queue: Queue[QueuedTask]) -> int:
         ]
         promoted = len(engine_for(source.using).set_statuses(source, changes))
         count += promoted
-        if promoted < _BATCH:
+        if len(rows) < _BATCH or not promoted:  # somebody has locked the others, or was quicker
             break
     return count

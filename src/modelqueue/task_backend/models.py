@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any, NamedTuple
 
 from django.db import models
@@ -55,10 +56,11 @@ class QueuedTask(models.Model):
         verbose_name_plural = _("tasks")
         constraints = [models.UniqueConstraint(fields=["result_id"], name="modelqueue_task_id")]
         # Serve the claims of each queue: its waiting tasks in the order in which they run. The second is for
-        # a backend whose QUEUES is empty, which has one queue of all names.
+        # a backend whose QUEUES is empty, which has one queue of all names. With the key at the end, as all
+        # that are deferred to one moment have one number: PostgreSQL would sort them for each claim.
         indexes = [
-            models.Index(fields=["backend_name", "queue_name", "status"], name="modelqueue_task_queue"),
-            models.Index(fields=["backend_name", "status"], name="modelqueue_task_backend"),
+            models.Index(fields=["backend_name", "queue_name", "status", "id"], name="modelqueue_task_queue"),
+            models.Index(fields=["backend_name", "status", "id"], name="modelqueue_task_backend"),
         ]
 
     def __str__(self) -> str:
@@ -67,7 +69,7 @@ class QueuedTask(models.Model):
     @property
     def has_unrecorded_attempt(self) -> bool:
         """Whether the last attempt has failed, and does not stand in `failures` yet."""
-        if not self.worker or self.status is None:
+        if not self.worker or self.status is None or self._is_recorded:
             return False
         is_over = self.status.state == State.canceled
         return is_over or (self.status.state == State.waiting and bool(self.error))
@@ -78,10 +80,20 @@ class QueuedTask(models.Model):
         has_one = self.status is not None and self.status.state in (State.working, State.finished)
         return has_one and bool(self.worker)
 
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether the attempt of `worker` stands in `failures`: a claim that was given back noted it."""
+        last = self.failures[-1] if self.failures else {}
+        return bool(last) and (last["worker"], last["began"]) == (self.worker, _iso(self.last_attempted_at))
+
     def failure(self, worker: str, began: Any) -> dict[str, Any]:
         """Return what stands in `failures` for the attempt whose error is in `error`."""
         return {
             "worker": worker,
-            "began": None if began is None else began.isoformat(),
+            "began": _iso(began),
             "error": self.error or "modelqueue.exceptions.Cancel: canceled while it ran",
         }
+
+
+def _iso(moment: dt.datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import random
+import re
 import time
 from typing import Any
 
@@ -11,6 +14,7 @@ from django.core.signals import setting_changed
 from django.dispatch import receiver
 from django.utils.module_loading import import_string
 
+from modelqueue import verbs
 from modelqueue.queues import Queue, queue, undeclare
 from modelqueue.status import State
 from modelqueue.task_backend.backend import ModelQueueBackend
@@ -24,13 +28,17 @@ __all__ = ["queue_name", "task_queues"]
 
 #: Seconds between two looks for results that are to be deleted.
 _PRUNE_INTERVAL = 60.0
+#: Seconds that they are deleted for at a time.
+_PRUNE_SECONDS = 0.5
 
 
 def queue_name(alias: str, name: str | None) -> str:
-    """Return what the worker calls a queue of a backend: as QUEUES does, after an alias not the default."""
-    if name is None:
-        return alias
-    return name if alias == "default" else f"{alias}:{name}"
+    """Return what the worker calls a queue of a backend: as QUEUES does, after an alias not the default.
+
+    What the command line can not take, a space for example, is an underscore there.
+    """
+    called = alias if name is None else name if alias == "default" else f"{alias}:{name}"
+    return re.sub(r"[^\w.:-]", "_", called) or "_"
 
 
 #: Those that are declared, as the setting TASKS says just now.
@@ -55,12 +63,28 @@ def _follow_setting(setting: str, **kwargs: Any) -> None:
 def _declare_all() -> list[Queue[QueuedTask]]:
     """Declare the queues of all backends of ours that the setting TASKS has."""
     found: list[Queue[QueuedTask]] = []
+    places: dict[str, str] = {}
     for alias, params in getattr(settings, "TASKS", {}).items():
         if _is_ours(params.get("BACKEND")):
             options = _options(alias, params)
-            names: list[str | None] = sorted(params.get("QUEUES", ["default"])) or [None]
-            found += [_declare(alias, name, options) for name in names]
+            names: list[str | None] = sorted(set(params.get("QUEUES", ["default"]))) or [None]
+            for name in names:
+                _note_place(alias, name, places)
+                found.append(_declare(alias, name, options))
     return found
+
+
+def _note_place(alias: str, name: str | None, places: dict[str, str]) -> None:
+    """Refuse a queue that is called as another one: the worker would serve one of them alone."""
+    called = queue_name(alias, name)
+    here = f"TASKS[{alias!r}]" if name is None else f"{name!r} in TASKS[{alias!r}]['QUEUES']"
+    # MySQL and MariaDB do not tell a from A: two would have the same tasks.
+    other = places.setdefault(called.casefold(), here)
+    if other is not here:
+        raise ImproperlyConfigured(
+            f"{here} and {other} are queues that the worker would both call {called!r}. Give one of them, or "
+            "its backend, another name; capital and small letters make no difference."
+        )
 
 
 def _options(alias: str, params: Any) -> Options:
@@ -115,9 +139,17 @@ class _Upkeep:
     def keep(self) -> None:
         promote(self.queue)
         if self._ttl is not None and time.monotonic() >= self._prune_at:
-            self._prune_at = time.monotonic() + _PRUNE_INTERVAL
-            for state in (State.finished, State.canceled):
-                self.queue.prune(self._ttl, state)
+            # What is left by then goes on after the next promotion.
+            is_done = self._prune(self._ttl, time.monotonic() + _PRUNE_SECONDS)
+            # Not all workers at once.
+            self._prune_at = time.monotonic() + is_done * _PRUNE_INTERVAL * random.uniform(0.5, 1.5)  # noqa: S311
+
+    def _prune(self, ttl: dt.timedelta, deadline: float) -> bool:
+        for state in (State.finished, State.canceled):
+            for _ in verbs.prune(self.queue.prunable(), "status", ttl, state):
+                if time.monotonic() >= deadline:
+                    return False
+        return True
 
 
 _queues += _declare_all()

@@ -13,7 +13,7 @@ from modelqueue.task_backend import apis
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.results import found_task, result_of, sender_of, succeeded
 
-__all__ = ["connect"]
+__all__ = ["connect", "record_attempt"]
 
 
 def connect() -> None:
@@ -33,8 +33,11 @@ def _claimed(
     """
     if before and before.get("worker") and task.error:
         failures = [*(task.failures or []), task.failure(before["worker"], before.get("last_attempted_at"))]
-        QueuedTask.objects.using(using).filter(pk=task.pk).update(failures=failures, error="")
-        task.refresh_from_db(using=using, fields=["failures", "error"])  # which is no change of the action's
+        # Not if this attempt was taken back before it began: then others have noted it, and their own.
+        mine = {"worker": task.worker, "last_attempted_at": task.last_attempted_at, "error": task.error}
+        if _rows(using, task.pk).filter(**mine).update(failures=failures, error=""):
+            # Which is no change of the action's.
+            task.refresh_from_db(using=using, fields=["failures", "error"])
 
 
 def _attempt_ended(
@@ -56,9 +59,10 @@ def _attempt_ended(
         _tell_finished(task, error)
     elif status.state in (State.finished, State.canceled):
         if (row := _rows(using, pk).first()) is not None:
+            row.status = status  # what has come of it since, it was retried perhaps, is told in its turn
             _tell_finished(row, error)
     elif status.state == State.waiting and (error is not None or task is None):
-        _record_failure(_rows(using, pk))
+        record_attempt(_rows(using, pk).filter(status=status))
 
 
 def _attempt_dropped(
@@ -68,10 +72,12 @@ def _attempt_dropped(
 
     One that was recovered, and then canceled as its last attempt was over, has the error of that.
     """
-    rows = _rows(using, pk)
+    if status is None or status.state != State.canceled:
+        return
+    rows = _rows(using, pk).filter(status=status, error="")
     row = rows.first()
-    if row is not None and row.status == status and row.has_unrecorded_attempt and not row.error:
-        _record_failure(rows)
+    if row is not None:
+        record_attempt(rows)
         _tell_finished(row, None)
 
 
@@ -79,12 +85,17 @@ def _rows(using: str, pk: Any) -> models.QuerySet[QueuedTask]:
     return QueuedTask.objects.using(using).filter(pk=pk)
 
 
-def _record_failure(rows: models.QuerySet[QueuedTask]) -> None:
+def record_attempt(rows: models.QuerySet[QueuedTask]) -> None:
+    """Note what the last attempt of a task has ended with; one that asked for another, by Retry, is none."""
     row = rows.first()
-    if row is not None and row.has_unrecorded_attempt:
-        failures = [*(row.failures or []), row.failure(row.worker, row.last_attempted_at)]
-        # Not if it is claimed again meanwhile: then that does it.
-        rows.filter(status=row.status).update(failures=failures, worker="", error="")
+    if row is None or not row.worker:
+        return
+    values: dict[str, Any] = {"worker": ""}
+    if row.has_unrecorded_attempt:
+        failure = row.failure(row.worker, row.last_attempted_at)
+        values |= {"failures": [*(row.failures or []), failure], "error": ""}
+    # Not if it is claimed again meanwhile: then that does it.
+    rows.filter(status=row.status, worker=row.worker).update(**values)
 
 
 def _tell_finished(row: QueuedTask, error: BaseException | None) -> None:

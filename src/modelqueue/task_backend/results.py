@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import functools
 import re
@@ -39,7 +40,7 @@ def declared_task(path: str) -> Any:
     """
     try:
         found = import_string(path)
-    except Exception as error:  # whatever its module raises
+    except (Exception, SystemExit) as error:  # whatever its module raises
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise ImportError(
             f"The task {path} can not be imported: {why}. It was renamed, moved or removed, perhaps, since "
@@ -57,7 +58,16 @@ def _with_options(
     task: Any, priority: int, queue_name: str, run_after: dt.datetime | None, backend: str
 ) -> Any:
     # To make one is to check it, which takes longer than all else of a short task.
-    return task.using(priority=priority, queue_name=queue_name, run_after=run_after, backend=backend)
+    options = {"priority": priority, "queue_name": queue_name, "run_after": run_after, "backend": backend}
+    api: Any = apis.api_of(task)
+    try:
+        return task.using(**options)
+    except (api.InvalidTask, api.InvalidTaskBackend):
+        # The setting has no such queue or backend any more, and the result is there all the same.
+        made = copy.copy(task)
+        for name, value in options.items():
+            object.__setattr__(made, name, value)
+        return made
 
 
 @functools.lru_cache(maxsize=1000)

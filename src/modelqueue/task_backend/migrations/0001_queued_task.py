@@ -45,9 +45,9 @@ class Migration(migrations.Migration):
                 "verbose_name_plural": "tasks",
                 "indexes": [
                     models.Index(
-                        fields=["backend_name", "queue_name", "status"], name="modelqueue_task_queue"
+                        fields=["backend_name", "queue_name", "status", "id"], name="modelqueue_task_queue"
                     ),
-                    models.Index(fields=["backend_name", "status"], name="modelqueue_task_backend"),
+                    models.Index(fields=["backend_name", "status", "id"], name="modelqueue_task_backend"),
                 ],
                 "constraints": [models.UniqueConstraint(fields=("result_id",), name="modelqueue_task_id")],
             },
