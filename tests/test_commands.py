@@ -620,6 +620,18 @@ def test_clock_that_a_test_has_set_counts_and_not_that_of_the_database(ahead, fr
 # prune
 
 
+@pytest.mark.vendor("sqlite")
+def test_prune_lets_others_write_for_as_long_as_a_batch_took(monkeypatch):
+    from modelqueue.engines import sqlite
+
+    make(*[Status.finished(modelqueue.now() - 31 * DAY)] * 1200)
+    rests = []
+    monkeypatch.setattr(sqlite, "time", Mock(sleep=rests.append, monotonic=time.monotonic))
+    assert do_errand.prune(30 * DAY) == 1200
+    assert len(rests) == 3
+    assert all(0 < seconds <= 0.1 for seconds in rests)
+
+
 def test_prune_deletes_what_ended_long_ago():
     now = modelqueue.now()
     make(*[Status.finished(now - 31 * DAY)] * 3)
