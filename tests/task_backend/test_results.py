@@ -9,7 +9,7 @@ from asgiref.sync import async_to_sync
 from modelqueue import State, Status, verbs
 from modelqueue.engines import Candidate
 from modelqueue.exceptions import WorkerDied
-from modelqueue.task_backend import receivers
+from modelqueue.task_backend import receivers, results
 from modelqueue.task_backend.execution import worker_id
 from modelqueue.task_backend.models import QueuedTask
 from tests.actions import LONG_AGO
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 @pytest.mark.parametrize(
     "wrong",
-    ["", "nobody", "x" * 65, "a\x00b", "ü", 5, None, b"abc", uuid.UUID(int=5), ["a"], {}],
+    ["", "nobody", "x" * 65, "a\x00b", "\ud800", "ü", 5, None, b"abc", uuid.UUID(int=5), ["a"], {}],
     ids=repr,
 )
 def test_result_of_a_wrong_id_does_not_exist(wrong):
@@ -292,6 +292,7 @@ def test_result_of_a_queue_or_backend_that_is_no_more_is_found(settings):
     ran = tasks.note_elsewhere.enqueue("b")
     run_all()
     settings.TASKS = {**settings.TASKS, "other": {**settings.TASKS["other"], "QUEUES": ["green"]}}
+    results._with_options.cache_clear()  # as in another process
     assert backend("other").get_result(result.id).status == States.SUCCESSFUL
     assert backend("other").get_result(ran.id).return_value == "b"
     assert backend("other").get_result(ran.id).task.queue_name == "red"
