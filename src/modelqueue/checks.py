@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.apps import apps
+from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage, Tags, register
 from django.db import connections, router
@@ -29,12 +30,28 @@ __all__ = ["TAG", "check_databases", "check_queues", "check_settings"]
 
 #: ``manage.py check --tag modelqueue``; every ``manage.py modelqueue`` runs these, too.
 TAG = "modelqueue"
+_TASK_BACKEND = "modelqueue.task_backend"
 
 
 @register(TAG)
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Check the project's setting MODELQUEUE."""
-    return [checks.Error(problem, hint=cure, id="modelqueue.E001") for problem, cure in conf.problems()]
+    return [
+        *(checks.Error(problem, hint=cure, id="modelqueue.E001") for problem, cure in conf.problems()),
+        *_check_tasks(),
+    ]
+
+
+def _check_tasks() -> Iterator[CheckMessage]:
+    """Yield what Django asks the backends for only once somebody has imported its task API."""
+    for alias, one in getattr(settings, "TASKS", {}).items():
+        is_ours = str(one.get("BACKEND")).startswith(f"{_TASK_BACKEND}.")
+        if is_ours and not apps.is_installed(_TASK_BACKEND):
+            yield checks.Error(
+                f"TASKS[{alias!r}] uses ModelQueueBackend, but {_TASK_BACKEND!r} is not in INSTALLED_APPS.",
+                hint="Put it there, and run migrate.",
+                id="modelqueue.E002",
+            )
 
 
 @register(TAG)

@@ -5,6 +5,7 @@ To be imported where the setting TASKS has a default backend of ours: see the fi
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -61,6 +62,13 @@ def swallow(number):
     while True:
         with suppress(BaseException):
             time.sleep(0.01)
+
+
+@policy(retry=0, timeout=1)
+@task
+async def linger():
+    """Await longer than its own timeout."""
+    await asyncio.sleep(60)
 
 
 @task(takes_context=True)

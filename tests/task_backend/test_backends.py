@@ -13,6 +13,7 @@ from django.db import connections
 
 import modelqueue
 from modelqueue import testing
+from modelqueue.checks import check_settings
 from modelqueue.task_backend import ModelQueueBackend, apis
 from modelqueue.task_backend import backend as backend_module
 from modelqueue.task_backend.backend import backport_backend
@@ -235,11 +236,15 @@ def test_nothing_is_wrong_with_the_backends_of_these_tests():
 
 @pytest.mark.parametrize("missing", ["modelqueue", "modelqueue.task_backend"])
 def test_app_that_is_not_installed_is_told(missing, monkeypatch):
-    monkeypatch.setattr(backend_module.installed, "is_installed", lambda name: name != missing)
-    (error,) = backend().check()
+    monkeypatch.setattr(type(backend_module.installed), "is_installed", lambda self, name: name != missing)
+    # Of the second one modelqueue's own checks tell: Django asks a backend only once its API was imported.
+    ask = backend().check if missing == "modelqueue" else check_settings
+    if missing != "modelqueue":
+        assert not list(backend().check())
+    error = next(iter(ask()))
     assert (error.id, error.level >= 40) == ("modelqueue.E002", True)
     assert error.msg == f"TASKS['default'] uses ModelQueueBackend, but {missing!r} is not in INSTALLED_APPS."
-    assert error.hint == "Put 'modelqueue' and 'modelqueue.task_backend' there, and run migrate."
+    assert error.hint.endswith(" there, and run migrate.")
 
 
 def test_database_that_there_is_not_is_told():
@@ -405,3 +410,8 @@ def test_queue_that_the_command_line_can_not_take_has_underscores_there(settings
 def test_queue_that_is_named_twice_is_one(settings):
     settings.TASKS = {"default": {"BACKEND": BACKEND, "QUEUES": ["mail", "mail"]}}
     assert [queue.name for queue in task_queues()] == ["mail"]
+
+
+def test_queues_that_are_a_text_are_refused(settings):
+    with pytest.raises(ImproperlyConfigured, match=r"'mail', each letter of which would be a queue"):
+        settings.TASKS = {"default": {"BACKEND": BACKEND, "QUEUES": "mail"}}

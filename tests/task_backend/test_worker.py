@@ -219,6 +219,18 @@ def test_task_that_hangs_is_ended_at_its_own_timeout_with_the_reason(deeds, serv
     assert (state(neighbour), neighbour.attempts) == ("SUCCESSFUL", 1)
 
 
+def test_coroutine_that_awaits_too_long_is_canceled_and_its_process_stays(deeds, serve):
+    result, neighbour = deeds.linger.enqueue(), deeds.do.enqueue("doze 4", number=-2)
+    worker = serve("--threads", 2)
+    wait_until(is_done(result))
+    assert (result.finished_at - result.started_at).total_seconds() < within(3)
+    assert (state(result), result.attempts) == ("FAILED", 1)
+    assert result.errors[0].exception_class_path == "modelqueue.exceptions.TimedOut"
+    wait_until(is_done(neighbour))
+    assert (state(neighbour), neighbour.attempts) == ("SUCCESSFUL", 1)
+    assert "although it was interrupted" not in worker.output
+
+
 @pytest.mark.vendor("postgresql")  # the process that dies is the same everywhere
 def test_task_that_can_not_be_interrupted_is_ended_with_its_process_and_its_neighbour_is_not(deeds, serve):
     result, neighbour = deeds.swallow.enqueue(-1), deeds.do.enqueue("doze 3", number=-2)

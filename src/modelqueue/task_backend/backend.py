@@ -253,7 +253,9 @@ class _Backend:
     def check(self, **kwargs: Any) -> Iterable[checks.CheckMessage]:
         where = f"TASKS[{self.alias!r}]"
         for app in ("modelqueue", APP):
-            if not installed.is_installed(app):
+            # Of the second one the checks of the first tell: Django asks here only once somebody has
+            # imported its task API.
+            if not installed.is_installed(app) and (app != APP or not installed.is_installed("modelqueue")):
                 yield checks.Error(
                     f"{where} uses ModelQueueBackend, but {app!r} is not in INSTALLED_APPS.",
                     hint="Put 'modelqueue' and 'modelqueue.task_backend' there, and run migrate.",

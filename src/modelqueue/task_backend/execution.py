@@ -7,7 +7,7 @@ import datetime as dt
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from inspect import iscoroutinefunction
 from typing import Any
 
@@ -15,6 +15,8 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from modelqueue.clock import now
 from modelqueue.engines import Change, engine_for
+from modelqueue.exceptions import TimedOut
+from modelqueue.execution import current
 from modelqueue.queues import Queue
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, priorities
@@ -25,6 +27,7 @@ from modelqueue.task_backend.times import of_project
 from modelqueue.threads import await_with_own_thread
 
 __all__ = [
+    "ReturnValueError",
     "claim_values",
     "execute",
     "next_priority",
@@ -35,8 +38,14 @@ __all__ = [
 
 logger = logging.getLogger("modelqueue")
 
+#: Seconds after its timeout at which a coroutine is canceled, if nobody has ended it.
+_LATER = 0.2
 #: Deferred tasks that are promoted at a time.
 _BATCH = 1000
+
+
+class ReturnValueError(TypeError):
+    """What a function returned is not JSON. Another attempt would do all of it again, for the same."""
 
 
 def execute(row: QueuedTask) -> None:
@@ -56,21 +65,37 @@ def execute(row: QueuedTask) -> None:
         # attempt was ended from outside, and is made again for nothing, and for ever.
         raise RuntimeError("The function ended with asyncio.CancelledError, of its own.") from error
     if value is not None:
-        row.return_value = api.as_json(value)
+        try:
+            row.return_value = api.as_json(value)
+        except (TypeError, ValueError) as error:
+            raise ReturnValueError(f"{row.function} returned what is not JSON: {error}.") from error
 
 
 def _call(task: Any, args: list[Any], kwargs: dict[str, Any], row: QueuedTask) -> Any:
     using = row._state.db or DEFAULT_DB_ALIAS
     if not iscoroutinefunction(task.func) or connections[using].in_atomic_block:
         return task.call(*args, **kwargs)  # that of a test: it sees what is in its transaction alone
-    return asyncio.run(_await(task, args, kwargs))
+    deadline = current().deadline
+    seconds = None if deadline is None else max(0.0, (deadline - now()).total_seconds()) + _LATER
+    return asyncio.run(_await(task.acall(*args, **kwargs), seconds))
 
 
-async def _await(task: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value, canceled = await await_with_own_thread(task.acall(*args, **kwargs), lambda value: value)
+async def _await(coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
+    value, canceled = await await_with_own_thread(_in_time(coroutine, seconds), lambda value: value)
     if canceled is not None:
         raise canceled
     return value
+
+
+async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
+    """Cancel a coroutine that awaits too long: what is raised in a thread does not wake it up."""
+    running = asyncio.ensure_future(coroutine)
+    if not (await asyncio.wait({running}, timeout=seconds))[0]:
+        running.cancel()
+        await asyncio.wait({running})
+        if running.cancelled():
+            raise TimedOut("the coroutine took longer than its timeout")
+    return running.result()
 
 
 def worker_id() -> str:

@@ -52,6 +52,7 @@ class QueuedTask(models.Model):
     return_value = models.JSONField(_("return value"), null=True, blank=True)
 
     class Meta:
+        app_label = "modelqueue_tasks"  # so that the table that is missing has its name, where the app is
         verbose_name = _("task")
         verbose_name_plural = _("tasks")
         constraints = [models.UniqueConstraint(fields=["result_id"], name="modelqueue_task_id")]

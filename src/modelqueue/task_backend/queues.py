@@ -18,7 +18,14 @@ from modelqueue import verbs
 from modelqueue.queues import Queue, queue, undeclare
 from modelqueue.status import State
 from modelqueue.task_backend.backend import ModelQueueBackend
-from modelqueue.task_backend.execution import claim_values, execute, next_priority, promote, task_options
+from modelqueue.task_backend.execution import (
+    ReturnValueError,
+    claim_values,
+    execute,
+    next_priority,
+    promote,
+    task_options,
+)
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.options import Options
 from modelqueue.task_backend.results import sender_of
@@ -67,7 +74,13 @@ def _declare_all() -> list[Queue[QueuedTask]]:
     for alias, params in getattr(settings, "TASKS", {}).items():
         if _is_ours(params.get("BACKEND")):
             options = _options(alias, params)
-            names: list[str | None] = sorted(set(params.get("QUEUES", ["default"]))) or [None]
+            given = params.get("QUEUES", ["default"])
+            if isinstance(given, str):
+                raise ImproperlyConfigured(
+                    f"TASKS[{alias!r}]['QUEUES'] is {given!r}, each letter of which would be a queue. Give "
+                    f"[{given!r}]."
+                )
+            names: list[str | None] = sorted(set(given)) or [None]
             for name in names:
                 _note_place(alias, name, places)
                 found.append(_declare(alias, name, options))
@@ -121,6 +134,7 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
         claim_values=claim_values,
         next_priority=next_priority,
         task_options=task_options,
+        cancel_on=ReturnValueError,
         upkeep=upkeep.keep,
     )(execute)
     upkeep.queue = declared
