@@ -19,6 +19,8 @@ __all__ = ["found_task", "result_of", "sender_of", "succeeded"]
 
 #: How a traceback begins, also that of a group of exceptions.
 _TRACEBACK = re.compile(r"^(  \+ Exception Group )?Traceback \(most recent call last\):", re.MULTILINE)
+#: A return value that is not JSON is a TypeError to Django, which a project may ask for.
+_TOLD_AS = {"modelqueue.task_backend.execution.ReturnValueError": "builtins.TypeError"}
 _STATES = {State.working: "RUNNING", State.finished: "SUCCESSFUL", State.canceled: "FAILED"}
 
 
@@ -121,9 +123,9 @@ def succeeded(result: Any, row: QueuedTask) -> None:
 
 def _error(text: str) -> dict[str, str]:
     """Return the parts of an error: `modelqueue.outcomes.error_text` puts class and message first."""
-    found = _TRACEBACK.search(text)
+    found, path = _TRACEBACK.search(text), text.partition("\n")[0].partition(":")[0]
     return {
-        "exception_class_path": text.partition("\n")[0].partition(":")[0],
+        "exception_class_path": _TOLD_AS.get(path, path),
         "traceback": text.strip("\n") if found is None else f"{text[found.start() :].rstrip()}\n",
     }
 
