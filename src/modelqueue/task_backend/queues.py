@@ -155,8 +155,9 @@ class _Upkeep:
         if self._ttl is not None and time.monotonic() >= self._prune_at:
             # What is left by then goes on after the next promotion.
             is_done = self._prune(self._ttl, time.monotonic() + _PRUNE_SECONDS)
-            # Not all workers at once.
-            self._prune_at = time.monotonic() + is_done * _PRUNE_INTERVAL * random.uniform(0.5, 1.5)  # noqa: S311
+            # At other moments than the other workers.
+            pause = _PRUNE_INTERVAL * random.uniform(0.5, 1.5)  # noqa: S311
+            self._prune_at = time.monotonic() + (pause if is_done else 0.0)
 
     def _prune(self, ttl: dt.timedelta, deadline: float) -> bool:
         for state in (State.finished, State.canceled):
