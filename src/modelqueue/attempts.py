@@ -29,7 +29,7 @@ from django.db.utils import Error
 from django.dispatch import Signal
 
 from modelqueue import signals
-from modelqueue.changes import Snapshot, is_saved_by_plain_update, save_merged
+from modelqueue.changes import Snapshot, is_plainly_saved, save_merged
 from modelqueue.claim_values import Values, show
 from modelqueue.clock import now
 from modelqueue.engines import Change, Claim, Engine, Place, end_queries_of, engine_for
@@ -207,7 +207,7 @@ class Attempt(Generic[M]):
         return (
             not (error is not None and asks_or_tells)
             and not (self.task is not None and self.task.pk is None)
-            and is_saved_by_plain_update(self.source.model)
+            and is_plainly_saved(self.source.model)
             and not (self.snapshot is not None and self.snapshot.changed())
         )
 
@@ -434,7 +434,7 @@ class Attempt(Generic[M]):
             return False
         changed = [] if snapshot is None else snapshot.changed()
         before = self.to_put_back(outcome, snapshot)
-        if task is None or snapshot is None or (not changed and is_saved_by_plain_update(self.source.model)):
+        if task is None or snapshot is None or (not changed and is_plainly_saved(self.source.model)):
             write_status = self.write_status if self.waits else self.write_status_if_free
             return self.engine.patiently(functools.partial(write_status, outcome, before), reconnect=True)
         # A save() that is rolled back leaves its traces on the instance; each try begins without them.

@@ -22,7 +22,7 @@ from modelqueue.fields import WATCHER, Saved, StatusField, is_assigned, is_saved
 from modelqueue.source import Source
 from modelqueue.status import Status
 
-__all__ = ["Snapshot", "is_saved_by_plain_update", "save_merged"]
+__all__ = ["Snapshot", "is_plainly_saved", "save_merged"]
 
 Fields = list["models.Field[Any, Any]"]
 
@@ -232,8 +232,8 @@ def save_merged(instance: models.Model, changed: Fields, status: models.Field[An
         instance.refresh_from_db(using=using, fields=computed)
 
 
-def is_saved_by_plain_update(model: type[models.Model]) -> bool:
-    """True if nobody can tell an UPDATE of the status alone from a `save()` that changes nothing else.
+def is_plainly_saved(model: type[models.Model]) -> bool:
+    """True if nobody can tell a statement of ours from a `save()` that writes the same.
 
     That is, the model has no `save` of its own, no field that computes a value whenever it is
     saved (``auto_now``), and nobody listens to `pre_save` or `post_save`.

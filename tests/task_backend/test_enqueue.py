@@ -9,9 +9,12 @@ from itertools import pairwise
 import pytest
 from asgiref.sync import async_to_sync
 from django.db import DatabaseError, IntegrityError, connection, transaction
+from django.db.models.signals import post_save
+from django.utils import timezone
 
 from modelqueue import State, Status
 from modelqueue.task_backend import backend as backend_module
+from modelqueue.task_backend import insertion
 from modelqueue.task_backend.models import QueuedTask
 from tests.task_backend.backends import States, api, backend, row_of, run_all, setting, tasks
 
@@ -87,6 +90,51 @@ def test_caller_keeps_its_arguments():
     result = tasks.add.enqueue(numbers)
     numbers.append(2)
     assert result.args == row_of(result).arguments["args"] == [[1]]
+
+
+def stored_values(result):
+    own = ("id", "result_id", "status", "enqueued_at")
+    [values] = QueuedTask.objects.filter(result_id=result.id).values()
+    return {name: value for name, value in values.items() if name not in own}
+
+
+def saved_by_a_listener(monkeypatch):
+    """As where somebody listens: then it is saved by `save()`, which sends the signals."""
+    monkeypatch.setattr(post_save, "receivers", [])
+    post_save.connect(lambda **facts: saved.append(facts), sender=QueuedTask, weak=False)
+    saved = []
+    return saved
+
+
+def test_row_is_the_one_that_save_would_write(settings, monkeypatch):
+    """Its own statement, which is compiled once, is for speed alone."""
+    tomorrow = timezone.now() + dt.timedelta(days=1)
+    settings.TASKS = setting(retry=None)
+    task = tasks.add.using(priority=-7, run_after=tomorrow, queue_name="urgent")
+    given = ([1, None, {"ü": ["\\", "%s"]}], {"b": "'"})
+    by_statement = backend().enqueue(task, *given)
+    saved = saved_by_a_listener(monkeypatch)
+    by_save = backend().enqueue(task, *given)
+    assert stored_values(by_statement) == stored_values(by_save)
+    assert [facts["instance"].result_id for facts in saved] == [by_save.id]
+    assert saved[0]["created"]
+
+
+def test_row_is_saved_where_a_field_of_a_database_takes_more_than_a_value(monkeypatch):
+    by_statement = tasks.add.enqueue(1)
+    monkeypatch.setattr(insertion, "_statement", lambda *args: None)
+    assert stored_values(tasks.add.enqueue(1)) == stored_values(by_statement)
+
+
+def test_transaction_in_which_the_database_has_refused_one_can_only_be_rolled_back(settings):
+    settings.TASKS = setting(id_function=lambda: "1")
+    tasks.add.enqueue(1)
+    with transaction.atomic():
+        with pytest.raises(IntegrityError):
+            tasks.add.enqueue(1)
+        with pytest.raises(transaction.TransactionManagementError):
+            QueuedTask.objects.count()
+        transaction.set_rollback(True)
 
 
 def test_ids_are_opaque_and_do_not_follow_from_each_other():

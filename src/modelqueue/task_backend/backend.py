@@ -21,6 +21,7 @@ from django.db import connections, router
 from modelqueue.clock import now
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, policies
+from modelqueue.task_backend.insertion import insert
 from modelqueue.task_backend.options import Options
 from modelqueue.task_backend.policies import options_of
 from modelqueue.task_backend.priorities import next_priority
@@ -94,7 +95,7 @@ class _Backend:
             TypeError: an argument is nothing that JSON has.
         """
         row = self._row(task, args, kwargs)
-        row.save(force_insert=True, using=self.database)
+        insert(row, self.database)
         return self._told(row, task)
 
     def enqueue_many(self, calls: Iterable[Call]) -> list[Any]:
