@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -17,7 +17,16 @@ from typing import Any, TypeVar, cast
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
 from django.db import connections
 
-__all__ = ["Kept", "NotCalled", "await_with_own_thread", "call_apart", "call_in_own_thread", "in_thread"]
+__all__ = [
+    "Kept",
+    "NotCalled",
+    "await_with_own_thread",
+    "call_apart",
+    "call_in_own_thread",
+    "in_thread",
+    "run_coroutine",
+    "wake",
+]
 
 T = TypeVar("T")
 #: What came of it, and the cancellation that arrived meanwhile, which the caller is to raise.
@@ -157,6 +166,58 @@ async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> K
     finally:
         executor.shutdown(wait=False)
     return result, canceled
+
+
+#: By the number of a thread: what wakes up the event loop that runs in it.
+_wakers: dict[int, Callable[[], object]] = {}
+
+
+def wake(ident: int) -> None:
+    """Wake up a thread that waits in `run_coroutine`, so that what is raised in it comes."""
+    if (waker := _wakers.get(ident)) is not None:
+        with suppress(RuntimeError):  # the loop has just been closed
+            waker()
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in an event loop of its own, also if something is raised in this thread.
+
+    `asyncio.run` lets go of it then: it cancels all that is in the loop at once, and what the coroutine
+    awaits in its ``finally`` finds its thread and its connections gone. Here the coroutine is canceled, and
+    goes to its end in order.
+
+    Raises:
+        BaseException: what the coroutine raised; or what was raised in the thread, unless the coroutine has
+            returned all the same.
+    """
+    loop = asyncio.new_event_loop()
+    ident = threading.get_ident()
+    _wakers[ident] = lambda: loop.call_soon_threadsafe(lambda: None)
+    try:
+        task = loop.create_task(coroutine)
+        try:
+            return loop.run_until_complete(task)
+        except BaseException:
+            if task.done():
+                raise
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                return loop.run_until_complete(task)
+            raise
+    finally:
+        del _wakers[ident]
+        _close(loop)
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 def _close_connections() -> None:

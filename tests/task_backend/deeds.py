@@ -67,8 +67,23 @@ def swallow(number):
 @policy(retry=0, timeout=1)
 @task
 async def linger():
-    """Await longer than its own timeout."""
-    await asyncio.sleep(60)
+    """Await longer than its own timeout, and clean up."""
+    await clean_up_after(-3)
+
+
+@task
+async def linger_long():
+    """Await longer than a worker waits for it when it is to stop, and clean up."""
+    await clean_up_after(-4)
+
+
+async def clean_up_after(number):
+    try:
+        await Ledger.objects.acreate(task=number, worker="began")
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.05)
+        await Ledger.objects.acreate(task=number, worker="cleaned up")
 
 
 @task(takes_context=True)

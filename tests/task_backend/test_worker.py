@@ -229,6 +229,20 @@ def test_coroutine_that_awaits_too_long_is_canceled_and_its_process_stays(deeds,
     wait_until(is_done(neighbour))
     assert (state(neighbour), neighbour.attempts) == ("SUCCESSFUL", 1)
     assert "although it was interrupted" not in worker.output
+    assert written_of(-3) == ["began", "cleaned up"]
+
+
+def test_coroutine_that_awaits_is_canceled_when_the_worker_stops_and_given_back(deeds, serve):
+    result = deeds.linger_long.enqueue()
+    worker = serve("--grace", 1)
+    wait_until(lambda: written_of(-4))
+    worker.stop()
+    assert written_of(-4) == ["began", "cleaned up"]
+    assert (state(result), result.attempts) == ("READY", 0)
+
+
+def written_of(number):
+    return list(Ledger.objects.filter(task=number).order_by("pk").values_list("worker", flat=True))
 
 
 @pytest.mark.vendor("postgresql")  # the process that dies is the same everywhere

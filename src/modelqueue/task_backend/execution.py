@@ -15,8 +15,6 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from modelqueue.clock import now
 from modelqueue.engines import Change, engine_for
-from modelqueue.exceptions import TimedOut
-from modelqueue.execution import current
 from modelqueue.queues import Queue
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, priorities
@@ -24,7 +22,7 @@ from modelqueue.task_backend.models import QueuedTask, Started
 from modelqueue.task_backend.policies import options_of
 from modelqueue.task_backend.results import declared_task, found_task, result_of, sender_of
 from modelqueue.task_backend.times import of_project
-from modelqueue.threads import await_with_own_thread
+from modelqueue.threads import await_with_own_thread, run_coroutine
 
 __all__ = [
     "ReturnValueError",
@@ -38,8 +36,6 @@ __all__ = [
 
 logger = logging.getLogger("modelqueue")
 
-#: Seconds after its timeout at which a coroutine is canceled, if nobody has ended it.
-_LATER = 0.2
 #: Deferred tasks that are promoted at a time.
 _BATCH = 1000
 
@@ -75,27 +71,14 @@ def _call(task: Any, args: list[Any], kwargs: dict[str, Any], row: QueuedTask) -
     using = row._state.db or DEFAULT_DB_ALIAS
     if not iscoroutinefunction(task.func) or connections[using].in_atomic_block:
         return task.call(*args, **kwargs)  # that of a test: it sees what is in its transaction alone
-    deadline = current().deadline
-    seconds = None if deadline is None else max(0.0, (deadline - now()).total_seconds()) + _LATER
-    return asyncio.run(_await(task.acall(*args, **kwargs), seconds))
+    return run_coroutine(_await(task.acall(*args, **kwargs)))
 
 
-async def _await(coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
-    value, canceled = await await_with_own_thread(_in_time(coroutine, seconds), lambda value: value)
+async def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    value, canceled = await await_with_own_thread(coroutine, lambda value: value)
     if canceled is not None:
         raise canceled
     return value
-
-
-async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float | None) -> Any:
-    """Cancel a coroutine that awaits too long: what is raised in a thread does not wake it up."""
-    running = asyncio.ensure_future(coroutine)
-    if not (await asyncio.wait({running}, timeout=seconds))[0]:
-        running.cancel()
-        await asyncio.wait({running})
-        if running.cancelled():
-            raise TimedOut("the coroutine took longer than its timeout")
-    return running.result()
 
 
 def worker_id() -> str:

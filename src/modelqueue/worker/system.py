@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from modelqueue.threads import wake
+
 __all__ = [
     "OutOfMemory",
     "context",
@@ -182,3 +184,4 @@ def end_without_fail(seconds: float) -> None:
 def interrupt_thread(ident: int, error: type[BaseException]) -> None:
     """Raise an exception in a thread, as soon as it runs code of Python again."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
+    wake(ident)
