@@ -7,7 +7,7 @@ it could be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from django.apps import apps
@@ -44,8 +44,10 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 
 def _check_tasks() -> Iterator[CheckMessage]:
     """Yield what Django asks the backends for only once somebody has imported its task API."""
-    for alias, one in getattr(settings, "TASKS", {}).items():
-        is_ours = str(one.get("BACKEND")).startswith(f"{_TASK_BACKEND}.")
+    setting = getattr(settings, "TASKS", {})
+    for alias, one in setting.items() if isinstance(setting, Mapping) else ():
+        path = one.get("BACKEND") if isinstance(one, Mapping) else None
+        is_ours = str(path).startswith(f"{_TASK_BACKEND}.")
         if is_ours and not apps.is_installed(_TASK_BACKEND):
             yield checks.Error(
                 f"TASKS[{alias!r}] uses ModelQueueBackend, but {_TASK_BACKEND!r} is not in INSTALLED_APPS.",

@@ -93,11 +93,15 @@ def fail_at_first(text, times_to_fail=1):
 @task
 def give(kind):
     """Return what JSON has not, or not quite."""
+    itself = []
+    itself.append(itself)
     return {
         "object": object(),
         "set": {1, 2},
         "time": dt.datetime(2026, 1, 2),
         "nan": float("nan"),
+        "NUL": "a\x00b",
+        "itself": itself,
         "nested": {"list": [1, [2, {"three": 3}]], "none": None, "text": "ü\U0001f600"},
         "tuple": (1, 2),
         "none": None,

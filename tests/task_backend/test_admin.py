@@ -6,7 +6,7 @@ from django.urls import reverse
 
 from modelqueue import State, Status
 from modelqueue.task_backend.models import QueuedTask
-from tests.task_backend.backends import row_of, run_all, tasks
+from tests.task_backend.backends import queue_of, row_of, run_all, tasks
 
 pytestmark = pytest.mark.django_db
 
@@ -38,6 +38,7 @@ def test_list_shows_the_tasks_with_their_state(admin_client, rows):
     assert response.status_code == 200
     for state, row in rows.items():
         assert row.result_id in text
+        assert f">{row.pk}</a></th>" in text  # by which the command line names it
         assert f'<td class="field-state">{state}</td>' in text
     assert '<td class="field-attempts">1</td>' in text
     assert "tests.task_backend.tasks.fail" in text
@@ -72,6 +73,16 @@ def row_as_result(row):
         id = row.result_id
 
     return Result
+
+
+def test_task_that_is_canceled_while_it_runs_and_retried_keeps_that_attempt(admin_client):
+    result = tasks.add.enqueue(1)
+    queue_of().claim()
+    for action in ("cancel_tasks", "retry_tasks"):
+        chosen = {"action": action, "_selected_action": [row_of(result).pk]}
+        assert admin_client.post(reverse(LIST), chosen).status_code == 302
+    result.refresh()
+    assert (result.status.name, result.attempts, len(result.errors)) == ("READY", 1, 1)
 
 
 def test_no_task_can_be_added(admin_client):

@@ -247,6 +247,32 @@ def test_app_that_is_not_installed_is_told(missing, monkeypatch):
     assert error.hint.endswith(" there, and run migrate.")
 
 
+def test_app_that_is_not_installed_is_told_of_a_backend_under_another_path(settings, monkeypatch):
+    """Of a subclass, for example: for the checks of modelqueue it is somebody else's."""
+    settings.TASKS = {"default": {"BACKEND": "tests.task_backend.test_backends.ModelQueueBackend"}}
+    is_installed = lambda self, name: name != "modelqueue.task_backend"  # noqa: E731
+    monkeypatch.setattr(type(backend_module.installed), "is_installed", is_installed)
+    assert not list(check_settings())
+    assert [error.id for error in backend().check()] == ["modelqueue.E002"]
+
+
+@pytest.mark.parametrize("wrong", [None, [], {"default": "path"}, {"default": None}])
+def test_setting_that_can_not_be_is_left_to_others_to_tell(wrong, settings):
+    settings.TASKS = wrong
+    assert not list(check_settings())
+    assert task_queues() == []
+
+
+def test_option_beside_the_options_is_refused():
+    with pytest.raises(api.InvalidTaskBackend, match=r"TASKS\['mail'\]\['timeout'\] has no effect there"):
+        ModelQueueBackend("mail", {"BACKEND": BACKEND, "timeout": 5})
+
+
+def test_result_in_place_of_its_id_is_told():
+    with pytest.raises(TypeError, match=r"is a result; give its id, result\.id"):
+        backend().cancel(tasks.add.enqueue(1))
+
+
 def test_database_that_there_is_not_is_told():
     one = ModelQueueBackend("mail", {"BACKEND": BACKEND, "OPTIONS": {"database": "nowhere"}})
     (error,) = one.check()

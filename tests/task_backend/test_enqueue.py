@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import DatabaseError, IntegrityError, connection, transaction
+from django.db import IntegrityError, connection, transaction
 from django.db.models.signals import post_save
 from django.utils import timezone
 
@@ -223,11 +223,30 @@ def test_argument_that_is_not_json_is_refused_with_what_to_do(wrong, enqueue_one
         assert QueuedTask.objects.count() == 0
 
 
-@pytest.mark.vendor("postgresql")
-def test_text_that_the_database_has_not_is_its_error():
-    with pytest.raises(DatabaseError):
-        tasks.add.enqueue("\x00")
-    assert QueuedTask.objects.count() == 0
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+NO_JSON = {
+    "NUL": ("a\x00", "NUL or half of a surrogate pair"),
+    "half a pair": ({"\ud800": 1}, "NUL or half of a surrogate pair"),
+    "deep": (nested(900), "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("enqueue_one", ["enqueue", "enqueue_many"])
+@pytest.mark.parametrize("name", NO_JSON)
+def test_argument_that_not_every_database_keeps_is_refused(name, enqueue_one):
+    wrong, text = NO_JSON[name]
+    with transaction.atomic():
+        with pytest.raises(ValueError, match=text):
+            ENQUEUE[enqueue_one](wrong)
+        assert QueuedTask.objects.count() == 0  # the transaction goes on
+
+
+def test_text_that_only_looks_as_if_a_database_did_not_keep_it_is_kept():
+    given = ["\\u0000", "\\\\u0000", "ü\U0001f600"]
+    assert row_of(tasks.add.enqueue(given)).arguments["args"] == [given]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +261,23 @@ def test_text_that_the_database_has_not_is_its_error():
 def test_task_that_can_not_be_is_refused(options, text):
     with pytest.raises(api.InvalidTask, match=text):
         tasks.add.using(**options)
+
+
+def test_task_of_another_backend_is_refused(enqueue_with):
+    with pytest.raises(
+        api.InvalidTask, match=r"is a task of the backend 'default' of .*, and this is 'other'"
+    ):
+        enqueue_with(backend("other"), tasks.add.using(queue_name="red"))
+    assert QueuedTask.objects.count() == 0
+
+
+@pytest.fixture(params=["enqueue", "enqueue_many"])
+def enqueue_with(request):
+    ways = {
+        "enqueue": lambda one, task: one.enqueue(task, [1], {}),
+        "enqueue_many": lambda one, task: one.enqueue_many([(task, [1], {})]),
+    }
+    return ways[request.param]
 
 
 def test_function_whose_path_is_too_long_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Policies: how a Django task is tried, by its decorator, by `policy`, or by the options of its backend."""
 
+import dataclasses
 import inspect
 import pickle
 
@@ -38,6 +39,26 @@ takes_options = pytest.mark.skipif(
 
 def do_nothing():
     return "done"
+
+
+@dataclasses.dataclass
+class Wait:
+    """A delay that has no hash, as that of a dataclass that can be changed."""
+
+    seconds: int
+
+    def __call__(self, attempts):
+        return self.seconds * SECOND
+
+
+def test_delay_may_have_no_hash(monkeypatch):
+    made = dataclasses.replace(tasks.fail_at_first, delay=Wait(0), retry=1)
+    monkeypatch.setattr(tasks, "fail_at_first", made)
+    result = made.enqueue("a")
+    run_one()
+    assert [error.exception_class for error in refreshed(result).errors] == [ValueError]
+    run_one()
+    assert (refreshed(result).status, backend().get_result(result.id).task) == (States.SUCCESSFUL, made)
 
 
 def complain():

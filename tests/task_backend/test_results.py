@@ -8,7 +8,7 @@ from asgiref.sync import async_to_sync
 
 from modelqueue import State, Status, verbs
 from modelqueue.engines import Candidate
-from modelqueue.exceptions import WorkerDied
+from modelqueue.exceptions import LeaseExpired, WorkerDied
 from modelqueue.task_backend import receivers, results
 from modelqueue.task_backend.execution import worker_id
 from modelqueue.task_backend.models import QueuedTask
@@ -283,6 +283,39 @@ def test_attempt_that_was_canceled_stays_though_the_task_is_retried_at_once():
     result.refresh()
     assert (result.status, result.attempts) == (States.READY, 1)
     assert "canceled while it ran" in result.errors[0].traceback
+    run_all()
+    assert (refreshed(result).status, result.attempts, len(result.errors)) == (States.SUCCESSFUL, 2, 1)
+
+
+def test_error_of_a_failed_task_stays_though_its_retry_dies_before_it_begins():
+    result = tasks.fail.enqueue("first")
+    run_all()
+    (error,) = refreshed(result).errors
+    assert row_of(result).error.startswith("builtins.ValueError: first")  # the admin shows it still
+    assert backend().retry(result.id)
+    assert (refreshed(result).attempts, result.errors) == (1, [error])
+    queue_of().claim()
+    assert (refreshed(result).status, result.attempts, result.errors) == (States.RUNNING, 2, [error])
+    QueuedTask.objects.update(status=Status.working(LONG_AGO))
+    run_all()
+    assert (refreshed(result).status, result.attempts, result.errors[0]) == (States.FAILED, 2, error)
+    assert [one.exception_class for one in result.errors[1:]] == [LeaseExpired]
+
+
+@pytest.mark.parametrize("is_heard_at_once", [True, False])
+def test_attempt_that_was_canceled_from_elsewhere_stays_though_the_task_is_retried(is_heard_at_once):
+    """From the command line, for example; its worker hears of it later."""
+    result = tasks.add.enqueue(1)
+    source = queue_of().source()
+    (claim,) = verbs.claim(source)
+    assert queue_of().cancel() == 1
+    if not is_heard_at_once:
+        assert queue_of().retry() == 1
+    queue_of().attempt(claim, source).settle(None)
+    assert (refreshed(result).attempts, len(result.errors)) == (1, 1)
+    assert "canceled while it ran" in result.errors[0].traceback
+    if is_heard_at_once:
+        assert queue_of().retry() == 1
     run_all()
     assert (refreshed(result).status, result.attempts, len(result.errors)) == (States.SUCCESSFUL, 2, 1)
 

@@ -11,6 +11,7 @@ from django.utils.translation import gettext_lazy as _
 from modelqueue import verbs
 from modelqueue.admin import admin_list_filter
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.receivers import record_canceled
 
 __all__ = ["QueuedTaskAdmin"]
 
@@ -18,6 +19,7 @@ __all__ = ["QueuedTaskAdmin"]
 @admin.register(QueuedTask)
 class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     list_display = [
+        "number",
         "result_id",
         "function",
         "state",
@@ -41,6 +43,11 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         return [field.name for field in QueuedTask._meta.fields]
 
+    @admin.display(description=_("number"), ordering="pk")
+    def number(self, row: QueuedTask) -> int:
+        """By which the command line names it."""
+        return row.pk
+
     @admin.display(description=_("state"), ordering="status")
     def state(self, row: QueuedTask) -> str:
         return "" if row.status is None else row.status.state.name
@@ -57,4 +64,5 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @admin.action(description=_("Cancel selected tasks"), permissions=["change"])
     def cancel_tasks(self, request: HttpRequest, queryset: Any) -> None:
         count = verbs.cancel(queryset, "status")
+        record_canceled(queryset)  # now, as they may be retried before their workers hear of it
         self.message_user(request, f"{count} canceled.", messages.SUCCESS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,9 +16,13 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-__all__ = ["BACKPORT", "DJANGO", "Api", "api", "api_of", "default", "in_use"]
+__all__ = ["BACKPORT", "DJANGO", "Api", "api", "api_of", "default", "in_use", "is_result"]
 
 DJANGO, BACKPORT = "django.tasks", "django_tasks"
+
+
+#: JSON writes NUL as an escape, and a text that only looks like one with another backslash.
+_NO_TEXT = re.compile(r"[\ud800-\udfff]|(?<!\\)(?:\\\\)*\\u0000")
 
 
 class Api:
@@ -47,8 +52,13 @@ class Api:
             TypeError, ValueError: JSON has no such thing. Nor has it NaN and infinite numbers: Python writes
                 them, and no database takes what it wrote.
         """
-        made = self.normalize_json(value)
-        json.dumps(made, allow_nan=False)
+        try:
+            made = self.normalize_json(value)
+            text = json.dumps(made, allow_nan=False, ensure_ascii=False)
+        except RecursionError:
+            raise ValueError("it contains itself, or is nested too deeply") from None
+        if _NO_TEXT.search(text):
+            raise ValueError("it has a text with NUL or half of a surrogate pair, which no database keeps")
         return made
 
     def __repr__(self) -> str:
@@ -87,6 +97,11 @@ def in_use() -> Iterator[Api]:
     for package in (DJANGO, BACKPORT):
         if f"{package}.base" in sys.modules:
             yield api(package)
+
+
+def is_result(value: object) -> bool:
+    """Say whether an object is a result of one of them."""
+    return any(isinstance(value, one.TaskResult) for one in in_use())
 
 
 def api_of(task: object) -> Api | None:

@@ -22,7 +22,7 @@ from modelqueue.clock import now
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, policies
 from modelqueue.task_backend.insertion import insert
-from modelqueue.task_backend.options import Options
+from modelqueue.task_backend.options import OPTIONS, Options, backends_of_setting
 from modelqueue.task_backend.policies import options_of
 from modelqueue.task_backend.priorities import next_priority
 from modelqueue.task_backend.times import aware, of_project
@@ -57,6 +57,11 @@ class _Backend:
 
     def __init__(self, alias: str, params: dict[str, Any]) -> None:
         super().__init__(alias, params)  # type: ignore[call-arg]
+        for name in set(params) & set(OPTIONS):
+            raise self.api.InvalidTaskBackend(
+                f"TASKS[{self.alias!r}][{name!r}] has no effect there. Put it into "
+                f"TASKS[{self.alias!r}]['OPTIONS']."
+            )
         try:
             self.parsed = Options.of(params.get("OPTIONS", {}))
         except (TypeError, ValueError) as error:
@@ -69,6 +74,12 @@ class _Backend:
             InvalidTask: what is wrong with it.
         """
         super().validate_task(task)  # type: ignore[misc]
+        if apis.api_of(task) is not self.api or task.backend != self.alias:
+            raise self.api.InvalidTask(
+                f"{task.module_path} is a task of the backend {task.backend!r} of {_package_of(task)}, and "
+                f"this is {self.alias!r} of {self.api.package}. Enqueue it there, or give "
+                f"task.using(backend={self.alias!r})."
+            )
         try:
             options_of(task)
         except (TypeError, ValueError) as error:
@@ -200,12 +211,12 @@ class _Backend:
             TaskResultDoesNotExist: there is no such task.
         """
         from modelqueue import verbs
-        from modelqueue.task_backend.receivers import record_attempt
+        from modelqueue.task_backend.receivers import record_canceled
 
         rows = self._manager.filter(pk=self._find(result_id).pk)
         has_done_so = bool(verbs.cancel(rows, "status"))
         if has_done_so:  # now, as it may be retried before its worker hears of it
-            record_attempt(rows.filter(status__state="canceled", error=""))
+            record_canceled(rows)
         return has_done_so
 
     async def acancel(self, result_id: str) -> bool:
@@ -227,7 +238,9 @@ class _Backend:
         """Do so from asynchronous code, see `retry`."""
         return await sync_to_async(self.retry)(result_id)
 
-    def _find(self, result_id: str) -> QueuedTask:
+    def _find(self, result_id: Any) -> QueuedTask:
+        if not isinstance(result_id, str) and apis.is_result(result_id):
+            raise TypeError(f"{result_id!r} is a result; give its id, result.id.")
         row = None
         # No database has halves of a surrogate pair, nor all of them NUL; nor tells MySQL a from A.
         if isinstance(result_id, str) and len(result_id) <= LONGEST_ID and _is_text(result_id):
@@ -253,10 +266,12 @@ class _Backend:
 
     def check(self, **kwargs: Any) -> Iterable[checks.CheckMessage]:
         where = f"TASKS[{self.alias!r}]"
+        path = dict(backends_of_setting()).get(self.alias, {}).get("BACKEND")
         for app in ("modelqueue", APP):
-            # Of the second one the checks of the first tell: Django asks here only once somebody has
-            # imported its task API.
-            if not installed.is_installed(app) and (app != APP or not installed.is_installed("modelqueue")):
+            # Of the second one the checks of the first tell, by this path: Django asks here only once
+            # somebody has imported its task API.
+            is_told = app == APP and installed.is_installed("modelqueue") and str(path).startswith(f"{APP}.")
+            if not installed.is_installed(app) and not is_told:
                 yield checks.Error(
                     f"{where} uses ModelQueueBackend, but {app!r} is not in INSTALLED_APPS.",
                     hint="Put 'modelqueue' and 'modelqueue.task_backend' there, and run migrate.",
@@ -309,6 +324,11 @@ class ModelQueueBackend(_Default):
 def backport_backend() -> Any:
     """Return the class of the backends of ``django-tasks`` where Django has an API of its own."""
     return _backend_class(apis.api(apis.BACKPORT), "BackportBackend")
+
+
+def _package_of(task: Any) -> str:
+    api = apis.api_of(task)
+    return "another API" if api is None else api.package
 
 
 def _is_text(text: str) -> bool:

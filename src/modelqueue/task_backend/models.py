@@ -70,7 +70,7 @@ class QueuedTask(models.Model):
     @property
     def has_unrecorded_attempt(self) -> bool:
         """Whether the last attempt has failed, and does not stand in `failures` yet."""
-        if not self.worker or self.status is None or self._is_recorded:
+        if not self.worker or self.status is None or self.is_recorded:
             return False
         is_over = self.status.state == State.canceled
         return is_over or (self.status.state == State.waiting and bool(self.error))
@@ -82,10 +82,18 @@ class QueuedTask(models.Model):
         return has_one and bool(self.worker)
 
     @property
-    def _is_recorded(self) -> bool:
-        """Whether the attempt of `worker` stands in `failures`: a claim that was given back noted it."""
+    def is_recorded(self) -> bool:
+        """Whether the attempt of `worker` stands in `failures`."""
+        return self._is_last_failure(self.worker, self.last_attempted_at)
+
+    def _is_last_failure(self, worker: str, began: Any) -> bool:
         last = self.failures[-1] if self.failures else {}
-        return bool(last) and (last["worker"], last["began"]) == (self.worker, _iso(self.last_attempted_at))
+        return bool(last) and (last["worker"], last["began"]) == (worker, _iso(began))
+
+    def failures_with(self, worker: str, began: Any) -> list[dict[str, Any]]:
+        """Return what is to stand in `failures` when the attempt whose error is in `error` is noted."""
+        so_far = list(self.failures or [])
+        return so_far if self._is_last_failure(worker, began) else [*so_far, self.failure(worker, began)]
 
     def failure(self, worker: str, began: Any) -> dict[str, Any]:
         """Return what stands in `failures` for the attempt whose error is in `error`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from django.conf import settings
 from django.utils.module_loading import import_string
 
 from modelqueue.backoff import Delay
@@ -15,7 +16,7 @@ from modelqueue.outcomes import Policy
 from modelqueue.queues import DEFAULT_LEASE, DEFAULT_RETRY, checked_lease
 from modelqueue.status import ONE_HOUR, ZERO_SECS
 
-__all__ = ["OPTIONS", "Options", "duration"]
+__all__ = ["OPTIONS", "Options", "backends_of_setting", "duration"]
 
 #: Each option, and what it does.
 OPTIONS = {
@@ -29,6 +30,13 @@ OPTIONS = {
     "id_function": "a callable without arguments, or its dotted path, that makes the id of a result, of 64 "
     "characters at most",
 }
+
+
+def backends_of_setting() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the backends that the setting TASKS names; what can be none Django tells of."""
+    setting = getattr(settings, "TASKS", {})
+    if isinstance(setting, Mapping):
+        yield from ((alias, one) for alias, one in setting.items() if isinstance(one, Mapping))
 
 
 @dataclass(frozen=True)

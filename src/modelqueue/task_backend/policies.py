@@ -12,7 +12,7 @@ from modelqueue.outcomes import Policy
 from modelqueue.task_backend import apis
 from modelqueue.task_backend.options import Options, duration
 
-__all__ = ["NOT_GIVEN", "OPTION_NAMES", "check_options", "options_of", "policy", "task_class"]
+__all__ = ["NOT_GIVEN", "OPTION_NAMES", "by_task", "check_options", "options_of", "policy", "task_class"]
 
 T = TypeVar("T")
 
@@ -101,17 +101,25 @@ def policy(task: Any = None, **options: Any) -> Any:
     return task
 
 
+def by_task(function: Any, task: Any, *further: Any) -> Any:
+    """Call a function that keeps what it returns by its arguments, also where the task has no hash.
+
+    That is where one of its options has none: a delay that is an instance of a dataclass, for example.
+    """
+    try:
+        return function(task, *further)
+    except TypeError:  # or one that comes once more
+        return function.__wrapped__(task, *further)
+
+
 def options_of(task: Any) -> Mapping[str, Any]:
     """Return what is said of a task itself, by its decorator above all.
 
     Raises:
         TypeError, ValueError: what is wrong with it, and what to do about it.
     """
-    by_policy = tuple(getattr(task.func, _GIVEN, {}).items())
-    try:
-        return _options_of(task, by_policy)
-    except TypeError:  # it has no hash, as one of them is no option at all, which is told then
-        return _options_of.__wrapped__(task, by_policy)
+    options: Mapping[str, Any] = by_task(_options_of, task, tuple(getattr(task.func, _GIVEN, {}).items()))
+    return options
 
 
 @functools.lru_cache(maxsize=1000)

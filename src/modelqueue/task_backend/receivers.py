@@ -13,7 +13,7 @@ from modelqueue.task_backend import apis
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.results import found_task, result_of, sender_of, succeeded
 
-__all__ = ["connect", "record_attempt"]
+__all__ = ["connect", "record_attempt", "record_canceled"]
 
 
 def connect() -> None:
@@ -32,7 +32,7 @@ def _claimed(
     Not in the transaction of an atomic task, which may be rolled back.
     """
     if before and before.get("worker") and task.error:
-        failures = [*(task.failures or []), task.failure(before["worker"], before.get("last_attempted_at"))]
+        failures = task.failures_with(before["worker"], before.get("last_attempted_at"))
         # Not if this attempt was taken back before it began: then others have noted it, and their own.
         mine = {"worker": task.worker, "last_attempted_at": task.last_attempted_at, "error": task.error}
         if _rows(using, task.pk).filter(**mine).update(failures=failures, error=""):
@@ -61,20 +61,31 @@ def _attempt_ended(
         if (row := _rows(using, pk).first()) is not None:
             row.status = status  # what has come of it since, it was retried perhaps, is told in its turn
             _tell_finished(row, error)
+            # Now, as its retry may be claimed by a worker that dies before it begins.
+            record_attempt(_rows(using, pk).filter(status=status))
     elif status.state == State.waiting and (error is not None or task is None):
         record_attempt(_rows(using, pk).filter(status=status))
 
 
 def _attempt_dropped(
-    sender: type[QueuedTask], pk: Any, using: str, status: Status | None, **kwargs: Any
+    sender: type[QueuedTask],
+    pk: Any,
+    using: str,
+    status: Status | None,
+    task: QueuedTask | None = None,
+    **kwargs: Any,
 ) -> None:
     """Of a task that was canceled while it ran note this attempt, and tell that it has ended.
 
     One that was recovered, and then canceled as its last attempt was over, has the error of that.
     """
-    if status is None or status.state != State.canceled:
+    if status is None or status.state not in (State.canceled, State.waiting):
         return
     rows = _rows(using, pk).filter(status=status, error="")
+    if status.state == State.waiting:  # retried since; but not claimed, as that sets another worker
+        if task is not None:
+            _record(rows.filter(worker=task.worker, last_attempted_at=task.last_attempted_at))
+        return
     row = rows.first()
     if row is not None:
         record_attempt(rows)
@@ -90,12 +101,30 @@ def record_attempt(rows: models.QuerySet[QueuedTask]) -> None:
     row = rows.first()
     if row is None or not row.worker:
         return
-    values: dict[str, Any] = {"worker": ""}
     if row.has_unrecorded_attempt:
-        failure = row.failure(row.worker, row.last_attempted_at)
-        values |= {"failures": [*(row.failures or []), failure], "error": ""}
-    # Not if it is claimed again meanwhile: then that does it.
-    rows.filter(status=row.status, worker=row.worker).update(**values)
+        _record(rows)
+    elif not row.is_recorded:
+        _same(rows, row).update(worker="")
+
+
+def record_canceled(rows: models.QuerySet[QueuedTask]) -> None:
+    """Note those attempts that tasks have been canceled in, before somebody retries them."""
+    for row in rows.filter(status__state="canceled", error="").exclude(worker=""):
+        record_attempt(_rows(rows.db, row.pk))
+
+
+def _record(rows: models.QuerySet[QueuedTask]) -> None:
+    if (row := rows.first()) is not None:
+        values: dict[str, Any] = {"failures": row.failures_with(row.worker, row.last_attempted_at)}
+        # The error of one that has failed for good stays in sight; with its worker it is not noted twice.
+        if row.status is not None and row.status.state == State.waiting:
+            values |= {"worker": "", "error": ""}
+        _same(rows, row).update(**values)
+
+
+def _same(rows: models.QuerySet[QueuedTask], row: QueuedTask) -> models.QuerySet[QueuedTask]:
+    """Return the row as it was read: one that is claimed again meanwhile is left to who has claimed it."""
+    return rows.filter(status=row.status, worker=row.worker)
 
 
 def _tell_finished(row: QueuedTask, error: BaseException | None) -> None:

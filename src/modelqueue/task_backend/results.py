@@ -13,9 +13,10 @@ from django.utils.module_loading import import_string
 from modelqueue.status import State, Status, priority_to_datetime
 from modelqueue.task_backend import apis
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.policies import by_task
 from modelqueue.task_backend.times import of_project
 
-__all__ = ["found_task", "result_of", "sender_of", "succeeded"]
+__all__ = ["forget_senders", "found_task", "result_of", "sender_of", "succeeded"]
 
 #: How a traceback begins, also that of a group of exceptions.
 _TRACEBACK = re.compile(r"^(  \+ Exception Group )?Traceback \(most recent call last\):", re.MULTILINE)
@@ -31,7 +32,7 @@ def found_task(row: QueuedTask) -> Any:
         ImportError: there is no task of that path.
     """
     task = declared_task(row.function)
-    return _with_options(task, row.task_priority, row.queue_name, row.run_after, row.backend_name)
+    return by_task(_with_options, task, row.task_priority, row.queue_name, row.run_after, row.backend_name)
 
 
 def declared_task(path: str) -> Any:
@@ -72,10 +73,19 @@ def _with_options(
         return made
 
 
-@functools.lru_cache(maxsize=1000)
 def sender_of(task: Any) -> Any:
     """Return who the signals about a task are sent by: the class of its backend."""
+    return by_task(_sender_of, task)
+
+
+@functools.lru_cache(maxsize=1000)
+def _sender_of(task: Any) -> Any:
     return type(task.get_backend())
+
+
+def forget_senders() -> None:
+    """Ask the backends anew, as the setting TASKS has changed."""
+    _sender_of.cache_clear()
 
 
 def result_of(row: QueuedTask, task: Any) -> Any:
