@@ -300,6 +300,9 @@ def test_error_of_a_failed_task_stays_though_its_retry_dies_before_it_begins():
     run_all()
     assert (refreshed(result).status, result.attempts, result.errors[0]) == (States.FAILED, 2, error)
     assert [one.exception_class for one in result.errors[1:]] == [LeaseExpired]
+    assert backend().retry(result.id)
+    run_all()
+    assert [one.exception_class for one in refreshed(result).errors] == [ValueError, LeaseExpired, ValueError]
 
 
 @pytest.mark.parametrize("is_heard_at_once", [True, False])
