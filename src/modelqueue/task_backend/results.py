@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import datetime as dt
 import functools
 import re
@@ -66,10 +66,11 @@ def _with_options(
     try:
         return task.using(**options)
     except (api.InvalidTask, api.InvalidTaskBackend):
-        # The setting has no such queue or backend any more, and the result is there all the same.
-        made = copy.copy(task)
-        for name, value in options.items():
-            object.__setattr__(made, name, value)
+        # The setting has no such queue or backend any more, and the result is there all the same. By hand,
+        # as copy.copy() checks it like the first one, from Django 6.1 on.
+        made = object.__new__(type(task))
+        for field in dataclasses.fields(task):
+            object.__setattr__(made, field.name, options.get(field.name, getattr(task, field.name)))
         return made
 
 
