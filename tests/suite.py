@@ -95,13 +95,6 @@ NEED_NO_DATABASE = files(
     "status",
     "tutorial",
 ) + [f"tests/worker/test_{name}.py" for name in ("board", "pools", "reload", "slots", "suspects", "system")]
-#: What the parts of a worker say to each other, with statements that other tests send to each database.
-OF_PROCESSES = [
-    "tests/task_backend/test_worker_settings.py",
-    *(f"tests/worker/test_{name}.py" for name in ("process", "supervisor")),
-]
-#: Where those are left out, as the two before it have run them.
-THIRD = "mariadb"
 PYTEST = ["-m", "pytest"]
 #: Takes a third longer, so only where it is asked for.
 COVERED = ["-m", "coverage", "run", *PYTEST]
@@ -149,8 +142,7 @@ def part_for(name: str, engine: str) -> list[str]:
         return OF_CLAIMS
     if name == TWIN:
         return OF_STATEMENTS
-    left_out = OF_PROCESSES if name == THIRD else []
-    return [] if name == servers.ALL[0] else [f"--ignore={file}" for file in [*NEED_NO_DATABASE, *left_out]]
+    return [] if name == servers.ALL[0] else [f"--ignore={file}" for file in NEED_NO_DATABASE]
 
 
 def stop(number: int, frame: object) -> None:

@@ -17,7 +17,7 @@ from tests.processes import ROOT, environment
 SERVER = os.environ.get("MODELQUEUE_TEST_SERVER", "sqlite")
 
 
-@pytest.mark.parametrize("seconds", [10] if SERVER == "postgres" else [])
+@pytest.mark.parametrize("seconds", [15] if SERVER == "postgres" else [])
 def test_soak(seconds):
     soak(seconds)
 
