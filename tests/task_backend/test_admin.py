@@ -78,9 +78,10 @@ def row_as_result(row):
 def test_task_that_is_canceled_while_it_runs_and_retried_keeps_that_attempt(admin_client):
     result = tasks.add.enqueue(1)
     queue_of().claim()
-    for action in ("cancel_tasks", "retry_tasks"):
+    for action, state in (("cancel_tasks", "working"), ("retry_tasks", "canceled")):
         chosen = {"action": action, "_selected_action": [row_of(result).pk]}
-        assert admin_client.post(reverse(LIST), chosen).status_code == 302
+        response = admin_client.post(f"{reverse(LIST)}?status_queue={state}", chosen)
+        assert response.status_code == 302
     result.refresh()
     assert (result.status.name, result.attempts, len(result.errors)) == ("READY", 1, 1)
 

@@ -250,7 +250,10 @@ def test_app_that_is_not_installed_is_told(missing, monkeypatch):
 def test_app_that_is_not_installed_is_told_of_a_backend_under_another_path(settings, monkeypatch):
     """Of a subclass, for example: for the checks of modelqueue it is somebody else's."""
     settings.TASKS = {"default": {"BACKEND": "tests.task_backend.test_backends.ModelQueueBackend"}}
-    is_installed = lambda self, name: name != "modelqueue.task_backend"  # noqa: E731
+
+    def is_installed(self, name):
+        return name != "modelqueue.task_backend"
+
     monkeypatch.setattr(type(backend_module.installed), "is_installed", is_installed)
     assert not list(check_settings())
     assert [error.id for error in backend().check()] == ["modelqueue.E002"]

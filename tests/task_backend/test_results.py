@@ -217,7 +217,7 @@ def test_attempt_whose_process_was_killed_is_told_of(task, status):
 
 def test_attempt_is_told_of_where_nobody_came_to_note_it(monkeypatch):
     """The process was killed after the outcome was written: the next claim notes it."""
-    monkeypatch.setattr(receivers, "record_attempt", lambda rows: None)
+    monkeypatch.setattr(receivers, "_record", lambda row, using: None)
     result = tasks.fail_at_first.enqueue("a")
     run_one()
     assert [error.exception_class for error in refreshed(result).errors] == [ValueError]
@@ -240,7 +240,7 @@ def claim_after_a_failure(monkeypatch):
     """Claim a task once more whose first attempt has failed, which nobody has noted yet."""
     result = tasks.fail_at_first.enqueue("a")
     with monkeypatch.context() as patch:
-        patch.setattr(receivers, "record_attempt", lambda rows: None)
+        patch.setattr(receivers, "_record", lambda row, using: None)
         run_one()
     source = queue_of().source()
     (claim,) = verbs.claim(source)

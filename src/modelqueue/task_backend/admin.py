@@ -63,6 +63,9 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     @admin.action(description=_("Cancel selected tasks"), permissions=["change"])
     def cancel_tasks(self, request: HttpRequest, queryset: Any) -> None:
+        # By their keys, as the list may be of those that run, and these do so no more then.
+        running = list(queryset.filter(status__state="working").values_list("pk", flat=True))
         count = verbs.cancel(queryset, "status")
-        record_canceled(queryset)  # now, as they may be retried before their workers hear of it
+        # Now, as they may be retried before their workers hear of it.
+        record_canceled(QueuedTask.objects.using(queryset.db).filter(pk__in=running))
         self.message_user(request, f"{count} canceled.", messages.SUCCESS)

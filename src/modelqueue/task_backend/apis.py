@@ -58,7 +58,9 @@ class Api:
         except RecursionError:
             raise ValueError("it contains itself, or is nested too deeply") from None
         if _NO_TEXT.search(text):
-            raise ValueError("it has a text with NUL or half of a surrogate pair, which no database keeps")
+            raise ValueError(
+                "a text in it has NUL or half of a surrogate pair, which not every database keeps"
+            )
         return made
 
     def __repr__(self) -> str:

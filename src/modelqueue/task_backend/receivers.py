@@ -13,7 +13,7 @@ from modelqueue.task_backend import apis
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.results import found_task, result_of, sender_of, succeeded
 
-__all__ = ["connect", "record_attempt", "record_canceled"]
+__all__ = ["connect", "record_canceled"]
 
 
 def connect() -> None:
@@ -59,12 +59,13 @@ def _attempt_ended(
         _tell_finished(task, error)
     elif status.state in (State.finished, State.canceled):
         if (row := _rows(using, pk).first()) is not None:
+            is_left_so = row.status == status
             row.status = status  # what has come of it since, it was retried perhaps, is told in its turn
             _tell_finished(row, error)
-            # Now, as its retry may be claimed by a worker that dies before it begins.
-            record_attempt(_rows(using, pk).filter(status=status))
+            if is_left_so:  # now, as its retry may be claimed by a worker that dies before it begins
+                _record(row, using)
     elif status.state == State.waiting and (error is not None or task is None):
-        record_attempt(_rows(using, pk).filter(status=status))
+        _record(_rows(using, pk).filter(status=status).first(), using)
 
 
 def _attempt_dropped(
@@ -84,11 +85,11 @@ def _attempt_dropped(
     rows = _rows(using, pk).filter(status=status, error="")
     if status.state == State.waiting:  # retried since; but not claimed, as that sets another worker
         if task is not None:
-            _record(rows.filter(worker=task.worker, last_attempted_at=task.last_attempted_at))
-        return
-    row = rows.first()
-    if row is not None:
-        record_attempt(rows)
+            rows = rows.filter(worker=task.worker, last_attempted_at=task.last_attempted_at)
+            if (row := rows.first()) is not None:
+                _note_failure(row, using)
+    elif (row := rows.first()) is not None:
+        _record(row, using)
         _tell_finished(row, None)
 
 
@@ -96,35 +97,33 @@ def _rows(using: str, pk: Any) -> models.QuerySet[QueuedTask]:
     return QueuedTask.objects.using(using).filter(pk=pk)
 
 
-def record_attempt(rows: models.QuerySet[QueuedTask]) -> None:
+def record_canceled(rows: models.QuerySet[QueuedTask]) -> None:
+    """Note the attempts in which tasks have been canceled, before somebody retries them."""
+    for row in rows.filter(status__state="canceled", error="").exclude(worker=""):
+        _record(row, rows.db)
+
+
+def _record(row: QueuedTask | None, using: str) -> None:
     """Note what the last attempt of a task has ended with; one that asked for another, by Retry, is none."""
-    row = rows.first()
     if row is None or not row.worker:
         return
     if row.has_unrecorded_attempt:
-        _record(rows)
+        _note_failure(row, using)
     elif not row.is_recorded:
-        _same(rows, row).update(worker="")
+        _as_read(row, using).update(worker="")
 
 
-def record_canceled(rows: models.QuerySet[QueuedTask]) -> None:
-    """Note those attempts that tasks have been canceled in, before somebody retries them."""
-    for row in rows.filter(status__state="canceled", error="").exclude(worker=""):
-        record_attempt(_rows(rows.db, row.pk))
+def _note_failure(row: QueuedTask, using: str) -> None:
+    values: dict[str, Any] = {"failures": row.failures_with(row.worker, row.last_attempted_at)}
+    # The error of one that has failed for good stays in sight; with its worker it is not noted twice.
+    if row.status is not None and row.status.state == State.waiting:
+        values |= {"worker": "", "error": ""}
+    _as_read(row, using).update(**values)
 
 
-def _record(rows: models.QuerySet[QueuedTask]) -> None:
-    if (row := rows.first()) is not None:
-        values: dict[str, Any] = {"failures": row.failures_with(row.worker, row.last_attempted_at)}
-        # The error of one that has failed for good stays in sight; with its worker it is not noted twice.
-        if row.status is not None and row.status.state == State.waiting:
-            values |= {"worker": "", "error": ""}
-        _same(rows, row).update(**values)
-
-
-def _same(rows: models.QuerySet[QueuedTask], row: QueuedTask) -> models.QuerySet[QueuedTask]:
-    """Return the row as it was read: one that is claimed again meanwhile is left to who has claimed it."""
-    return rows.filter(status=row.status, worker=row.worker)
+def _as_read(row: QueuedTask, using: str) -> models.QuerySet[QueuedTask]:
+    """Return the row if it is as it was read: one that is claimed again is left to who has claimed it."""
+    return _rows(using, row.pk).filter(status=row.status, worker=row.worker)
 
 
 def _tell_finished(row: QueuedTask, error: BaseException | None) -> None:
