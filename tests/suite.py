@@ -93,6 +93,7 @@ NEED_NO_DATABASE = files(
     "outcomes",
     "package",
     "status",
+    "threads",
     "tutorial",
 ) + [f"tests/worker/test_{name}.py" for name in ("board", "pools", "reload", "slots", "suspects", "system")]
 PYTEST = ["-m", "pytest"]

@@ -24,8 +24,8 @@ __all__ = [
     "call_apart",
     "call_in_own_thread",
     "in_thread",
+    "interrupt_coroutine",
     "run_coroutine",
-    "wake",
 ]
 
 T = TypeVar("T")
@@ -168,44 +168,54 @@ async def await_with_own_thread(work: Awaitable[T], then: Callable[[T], T]) -> K
     return result, canceled
 
 
-#: By the number of a thread: what wakes up the event loop that runs in it.
-_wakers: dict[int, Callable[[], object]] = {}
+#: By the number of a thread: what cancels the coroutine that `run_coroutine` runs in it.
+_cancelers: dict[int, Callable[[type[BaseException]], object]] = {}
 
 
-def wake(ident: int) -> None:
-    """Wake up a thread that waits in `run_coroutine`, so that what is raised in it comes."""
-    if (waker := _wakers.get(ident)) is not None:
+def interrupt_coroutine(ident: int, error: type[BaseException]) -> bool:
+    """Cancel the coroutine that `run_coroutine` runs in a thread, and have that raise an exception.
+
+    What is raised in the midst of an event loop instead may end any other task of the loop, or nothing.
+
+    Returns:
+        Whether there is one; it hears of it when it awaits.
+    """
+    canceler = _cancelers.get(ident)
+    if canceler is not None:
         with suppress(RuntimeError):  # the loop has just been closed
-            waker()
+            canceler(error)
+    return canceler is not None
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end in an event loop of its own, also if something is raised in this thread.
+    """Run a coroutine to its end in an event loop of its own, which `interrupt_coroutine` can cancel.
 
-    `asyncio.run` lets go of it then: it cancels all that is in the loop at once, and what the coroutine
-    awaits in its ``finally`` finds its thread and its connections gone. Here the coroutine is canceled, and
-    goes to its end in order.
+    `asyncio.run` can be interrupted by what is raised in its thread alone. That does not wake a loop that
+    waits, and comes to whatever is just running in the loop.
 
     Raises:
-        BaseException: what the coroutine raised; or what was raised in the thread, unless the coroutine has
+        BaseException: what the coroutine raised; or the error of who has interrupted it, unless it has
             returned all the same.
     """
-    loop = asyncio.new_event_loop()
-    ident = threading.get_ident()
-    _wakers[ident] = lambda: loop.call_soon_threadsafe(lambda: None)
+    ident, loop = threading.get_ident(), asyncio.new_event_loop()
+    sent: list[type[BaseException]] = []
     try:
         task = loop.create_task(coroutine)
+
+        def cancel(error: type[BaseException]) -> None:
+            sent.append(error)
+            loop.call_soon_threadsafe(task.cancel)
+
+        _cancelers[ident] = cancel
         try:
             return loop.run_until_complete(task)
-        except BaseException:
-            if task.done():
+        except asyncio.CancelledError as canceled:
+            if not sent:
                 raise
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                return loop.run_until_complete(task)
-            raise
+            raise sent[0] from canceled  # which says where it was
+        finally:
+            _cancelers.pop(ident, None)
     finally:
-        del _wakers[ident]
         _close(loop)
 
 

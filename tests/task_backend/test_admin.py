@@ -86,6 +86,24 @@ def test_task_that_is_canceled_while_it_runs_and_retried_keeps_that_attempt(admi
     assert (result.status.name, result.attempts, len(result.errors)) == ("READY", 1, 1)
 
 
+class ReadsElsewhere:
+    def db_for_read(self, model, **hints):
+        return "other" if model is QueuedTask else None
+
+
+@pytest.mark.django_db(databases=["default", "other"])
+def test_cancel_writes_where_tasks_are_written_though_the_list_is_read_elsewhere(admin_client, settings):
+    result = tasks.add.enqueue(1)
+    queue_of().claim()
+    row = row_of(result, "default")
+    row.save(using="other", force_insert=True)
+    settings.DATABASE_ROUTERS = [ReadsElsewhere()]
+    chosen = {"action": "cancel_tasks", "_selected_action": [row.pk]}
+    assert admin_client.post(reverse(LIST), chosen).status_code == 302
+    assert len(row_of(result, "default").failures) == 1
+    assert (row_of(result, "other").failures, row_of(result, "other").status) == (None, row.status)
+
+
 def test_no_task_can_be_added(admin_client):
     assert admin_client.get(reverse("admin:modelqueue_tasks_queuedtask_add")).status_code == 403
 

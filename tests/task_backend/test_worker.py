@@ -228,6 +228,7 @@ def test_coroutine_that_awaits_too_long_is_canceled_and_its_process_stays(deeds,
     assert result.errors[0].exception_class_path == "modelqueue.exceptions.TimedOut"
     wait_until(is_done(neighbour))
     assert (state(neighbour), neighbour.attempts) == ("SUCCESSFUL", 1)
+    assert "await asyncio.sleep(60)" in result.errors[0].traceback
     assert "although it was interrupted" not in worker.output
     assert written_of(-3) == ["began", "cleaned up"]
 

@@ -10,6 +10,7 @@ from django.utils.translation import gettext_lazy as _
 
 from modelqueue import verbs
 from modelqueue.admin import admin_list_filter
+from modelqueue.source import on_write_database
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.receivers import record_canceled
 
@@ -63,9 +64,10 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     @admin.action(description=_("Cancel selected tasks"), permissions=["change"])
     def cancel_tasks(self, request: HttpRequest, queryset: Any) -> None:
+        rows = on_write_database(queryset)
         # By their keys, as the list may be of those that run, and these do so no more then.
-        running = list(queryset.filter(status__state="working").values_list("pk", flat=True))
-        count = verbs.cancel(queryset, "status")
+        running = list(rows.filter(status__state="working").values_list("pk", flat=True))
+        count = verbs.cancel(rows, "status")
         # Now, as they may be retried before their workers hear of it.
-        record_canceled(QueuedTask.objects.using(queryset.db).filter(pk__in=running))
+        record_canceled(QueuedTask.objects.using(rows.db).filter(pk__in=running))
         self.message_user(request, f"{count} canceled.", messages.SUCCESS)

@@ -59,11 +59,10 @@ def _attempt_ended(
         _tell_finished(task, error)
     elif status.state in (State.finished, State.canceled):
         if (row := _rows(using, pk).first()) is not None:
-            is_left_so = row.status == status
+            if row.status == status:  # at once, as its retry may be claimed by a worker that dies soon
+                _record(row, using)
             row.status = status  # what has come of it since, it was retried perhaps, is told in its turn
             _tell_finished(row, error)
-            if is_left_so:  # now, as its retry may be claimed by a worker that dies before it begins
-                _record(row, using)
     elif status.state == State.waiting and (error is not None or task is None):
         _record(_rows(using, pk).filter(status=status).first(), using)
 
@@ -84,7 +83,7 @@ def _attempt_dropped(
         return
     rows = _rows(using, pk).filter(status=status, error="")
     if status.state == State.waiting:  # retried since; but not claimed, as that sets another worker
-        if task is not None:
+        if task is not None and status.attempts == 0:
             rows = rows.filter(worker=task.worker, last_attempted_at=task.last_attempted_at)
             if (row := rows.first()) is not None:
                 _note_failure(row, using)
@@ -109,7 +108,7 @@ def _record(row: QueuedTask | None, using: str) -> None:
         return
     if row.has_unrecorded_attempt:
         _note_failure(row, using)
-    elif not row.is_recorded:
+    elif not row.is_recorded and row.status is not None and row.status.state == State.waiting:
         _as_read(row, using).update(worker="")
 
 

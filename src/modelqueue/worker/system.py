@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from modelqueue.threads import wake
+from modelqueue.threads import interrupt_coroutine
 
 __all__ = [
     "OutOfMemory",
@@ -182,6 +182,6 @@ def end_without_fail(seconds: float) -> None:
 
 
 def interrupt_thread(ident: int, error: type[BaseException]) -> None:
-    """Raise an exception in a thread, as soon as it runs code of Python again."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
-    wake(ident)
+    """Raise an exception in a thread, as soon as it runs code of Python again; or end its coroutine by it."""
+    if not interrupt_coroutine(ident, error):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(error))
