@@ -425,8 +425,17 @@ def test_time_beyond_the_calendar_is_refused():
     ],
 )
 def test_queues_that_the_worker_would_call_alike_are_refused(both, settings):
+    before = [queue.name for queue in modelqueue.declared_queues()]
     with pytest.raises(ImproperlyConfigured, match=r"TASKS\[.* and .*TASKS\[.* would both call"):
         settings.TASKS = {alias: {"BACKEND": BACKEND, **one} for alias, one in both.items()}
+    assert [queue.name for queue in modelqueue.declared_queues()] == before
+
+
+def test_queue_that_is_called_like_another_one_of_the_project_is_refused(settings):
+    before = [queue.name for queue in modelqueue.declared_queues()]
+    with pytest.raises(ValueError, match=r"two queues of the name 'testapp.review'"):
+        settings.TASKS = {"default": {"BACKEND": BACKEND, "QUEUES": ["a", "testapp.review", "z"]}}
+    assert [queue.name for queue in modelqueue.declared_queues()] == before
 
 
 def test_queue_that_the_command_line_can_not_take_has_underscores_there(settings):

@@ -63,12 +63,20 @@ def _follow_setting(setting: str, **kwargs: Any) -> None:
         forget_senders()
         for one in _queues:
             undeclare(one)
-        _queues[:] = _declare_all()
+        _queues.clear()
+        _declare_all()
 
 
-def _declare_all() -> list[Queue[QueuedTask]]:
-    """Declare the queues of all backends of ours that the setting TASKS has."""
-    found: list[Queue[QueuedTask]] = []
+def _declare_all() -> None:
+    """Declare the queues of all backends of ours that the setting TASKS has: of a setting that is wrong, none."""
+    for alias, name, options in _wanted():
+        # One by one, so that those declared before an error are known, and go with the next setting.
+        _queues.append(_declare(alias, name, options))
+
+
+def _wanted() -> list[tuple[str, str | None, Options]]:
+    """Return each queue's backend, its name in QUEUES, and the options of its backend."""
+    found: list[tuple[str, str | None, Options]] = []
     places: dict[str, str] = {}
     for alias, params in backends_of_setting():
         if _is_ours(params.get("BACKEND")):
@@ -82,7 +90,7 @@ def _declare_all() -> list[Queue[QueuedTask]]:
             names: list[str | None] = sorted(set(given)) or [None]
             for name in names:
                 _note_place(alias, name, places)
-                found.append(_declare(alias, name, options))
+                found.append((alias, name, options))
     return found
 
 
@@ -168,4 +176,4 @@ class _Upkeep:
         return True
 
 
-_queues += _declare_all()
+_declare_all()
