@@ -1058,6 +1058,38 @@ def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_
     assert [name for name, _ in events] == ["task_claimed"]
 
 
+@pytest.mark.parametrize("change", [False, True], ids=["status only", "changes"])
+def test_one_long_wait_for_a_lock_is_not_the_last_try(change, other_session, vendor, monkeypatch):
+    """MySQL and MariaDB let a statement wait for 50 s: all patience is gone then, and the lock free."""
+    monkeypatch.setattr(sessions.Session, "patience", 0.01)
+    paper, waits = Paper.objects.create(), []
+
+    def act(paper):
+        if change:
+            paper.title = "changed"
+        with connection.cursor() as cursor:
+            cursor.execute(SHORT_WAIT[vendor])
+        other_session.set_autocommit(False)
+        with other_session.cursor() as cursor:
+            cursor.execute("UPDATE testapp_paper SET pages = 5")
+
+    def free_when_it_was_too_long(engine, error):
+        waits.append(str(error))
+        other_session.rollback()
+        return is_try_again(engine, error)
+
+    is_try_again = engine_class().is_try_again
+    monkeypatch.setattr(engine_class(), "is_try_again", free_when_it_was_too_long)
+    try:
+        run(Paper.objects, "status", act)
+    finally:
+        other_session.rollback()
+        other_session.set_autocommit(True)
+        connection.close()
+    assert (stored(paper).state, row(paper).title) == (State.finished, "changed" * change)
+    assert len(waits) == 1
+
+
 def test_database_without_an_engine_of_its_own_trusts_what_django_knows_of_a_transaction():
     engine = base.Engine("default")
     with transaction.atomic():

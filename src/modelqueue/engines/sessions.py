@@ -126,6 +126,9 @@ class Session:
         opens another.
         """
         deadline = time.monotonic() + self.patience
+        # One wait for a lock can take longer than that, 50 s on MySQL and MariaDB, and the lock be free then:
+        # who holds up nobody tries once more.
+        has_another = self.patience >= Session.patience
         pause = 0.001
         while True:
             is_outer, session = self.is_inside_transaction(), None
@@ -136,12 +139,17 @@ class Session:
             except (OperationalError, InterfaceError) as error:
                 if is_outer:
                     raise
-                was_lost = not self.is_try_again(error) and self._has_lost(session, error)
+                is_try_again = self.is_try_again(error)
+                was_lost = not is_try_again and self._has_lost(session, error)
                 self._has_lost_connection = was_lost
                 if self.is_full(error):
                     note_full(self.using)
-                if not ((was_lost and reconnect) or self.is_try_again(error)) or time.monotonic() > deadline:
+                if not ((was_lost and reconnect) or is_try_again):
                     raise
+                if time.monotonic() > deadline:
+                    if not (is_try_again and has_another):
+                        raise
+                    has_another = False
             self.note_contention()
             time.sleep(random.uniform(pause / 2, pause))  # noqa: S311  (jitter)
             pause = min(pause * 2, 0.5)
