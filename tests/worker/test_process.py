@@ -97,6 +97,7 @@ def start(monkeypatch):
     exits = []
     monkeypatch.setattr(process_module.os, "_exit", exits.append)
     monkeypatch.setattr(logging, "shutdown", lambda: None)
+    monkeypatch.setattr(threads, "_LONGEST_WAIT", 60.0)  # nothing is given back because the machine is slow
     started = []
 
     def start(*names, **options):
@@ -1867,7 +1868,6 @@ def test_action_that_is_canceled_learns_of_it(start, declare, monkeypatch):
 def ahead(monkeypatch):
     """Queues that claim 20 tasks more than they have threads for."""
     monkeypatch.setattr(slots.Lane, "note_claim", lambda self, seconds: None)
-    monkeypatch.setattr(threads, "_LONGEST_WAIT", 60.0)  # nothing is given back because the machine is slow
     make_lane = slots.Lane.__init__
 
     def make(self, *arguments):
