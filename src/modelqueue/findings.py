@@ -44,6 +44,7 @@ __all__ = [
     "silence",
     "unanswered",
     "unreadable",
+    "unserved",
     "vacuum",
     "versions",
 ]
@@ -54,6 +55,7 @@ CHECKS = {
     "read-only": "Can tasks be written?",
     "index": "Is the status field in an index?",
     "plan": "Does a claim read no more of the index than the due tasks?",
+    "unserved": "Are all tasks of Django in a queue that the setting TASKS has?",
     "leases": "Have all queues on one field the same lease?",
     "newest-lease": "Is no lease from the future?",
     "autovacuum": "Does autovacuum come to the table after some thousand dead rows?",
@@ -199,6 +201,18 @@ def read_only(facts: Refusal | None) -> Iterator[Finding]:
             "Whoever looks at tasks sees nothing wrong, but no worker can claim one.",
             facts.cure,
         )
+
+
+def unserved(tasks: str, rows: str) -> Finding:
+    """Return what is wrong where a backend, or a queue of it, is gone from TASKS and left tasks behind."""
+    return Finding(
+        "unserved",
+        Severity.warning,
+        f"Nobody runs {tasks}: the setting TASKS has no such backend or queue any more.",
+        "They wait for ever, and nothing else shows them.",
+        f"Give QUEUES that name back until they have run; or let another queue have them: {rows}"
+        ".update(backend_name=..., queue_name=...)",
+    )
 
 
 def leases(field: str, of_queues: Mapping[str, dt.timedelta]) -> Iterator[Finding]:

@@ -113,6 +113,8 @@ class Queue(Generic[M]):
         self.error_field: str | None = options["error_field"]
         #: Queues on one field whose groups differ have no row in common, now or later.
         self.group: object = None
+        #: What ``manage.py modelqueue doctor`` finds beside, by a look at the table of its tasks.
+        self.examine: Callable[[], Iterator[Any]] | None = None
         source = Source.of(self.rows(), field, self.error_field)
         if not isinstance(source.field, StatusField):
             raise TypeError(

@@ -134,6 +134,8 @@ def of_queue(queue: Queue[Any], seen: set[Any]) -> Iterator[Finding]:
         if access.is_quick:
             questions["newest-lease"] = lambda: findings.newest_lease(ask.newest_lease(source), now())
     if table not in seen:
+        if queue.examine is not None:
+            questions["unserved"] = queue.examine
         questions["read-only"] = lambda: findings.read_only(ask.refusal(source))
         questions["autovacuum"] = lambda: findings.vacuum(ask.vacuum(source))
         questions["listen"] = lambda: findings.listen(table._meta.db_table, ask.hears(source))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import random
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -13,7 +15,8 @@ from django.core.signals import setting_changed
 from django.dispatch import receiver
 from django.utils.module_loading import import_string
 
-from modelqueue import verbs
+from modelqueue import findings, verbs
+from modelqueue.findings import Finding
 from modelqueue.queues import Queue, queue, undeclare
 from modelqueue.status import State
 from modelqueue.task_backend.backend import ModelQueueBackend
@@ -28,9 +31,11 @@ from modelqueue.task_backend.execution import (
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.options import Options, backends_of_setting
 from modelqueue.task_backend.results import forget_senders
+from modelqueue.task_backend.unserved import Place, Unserved, unserved
 
 __all__ = ["queue_name", "task_queues"]
 
+logger = logging.getLogger("modelqueue")
 
 #: Seconds between two looks for results that are to be deleted.
 _PRUNE_INTERVAL = 60.0
@@ -47,8 +52,10 @@ def queue_name(alias: str, name: str | None) -> str:
     return re.sub(r"[^\w.:-]", "_", called) or "_"
 
 
-#: Those that are declared, as the setting TASKS says just now.
-_queues: list[Queue[QueuedTask]] = []
+#: Those that are declared, as the setting TASKS says just now: each with its backend and its name in QUEUES.
+_queues: dict[Queue[QueuedTask], Place] = {}
+#: The databases of which is told, by the log of this process, what nobody runs there.
+_looked_at: set[str] = set()
 
 
 def task_queues() -> list[Queue[QueuedTask]]:
@@ -64,14 +71,15 @@ def _follow_setting(setting: str, **kwargs: Any) -> None:
         for one in _queues:
             undeclare(one)
         _queues.clear()
+        _looked_at.clear()
         _declare_all()
 
 
 def _declare_all() -> None:
-    """Declare the queues of all backends of ours that the setting TASKS has: of a setting that is wrong, none."""
+    """Declare the queues of all backends of ours that the setting TASKS has, or none if it is wrong."""
     for alias, name, options in _wanted():
         # One by one, so that those declared before an error are known, and go with the next setting.
-        _queues.append(_declare(alias, name, options))
+        _queues[_declare(alias, name, options)] = alias, name
 
 
 def _wanted() -> list[tuple[str, str | None, Options]]:
@@ -146,7 +154,25 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
     )(execute)
     upkeep.queue = declared
     declared.group = alias
+    declared.examine = lambda: _findings(declared.using)
     return declared
+
+
+def _unserved(using: str) -> Iterator[Unserved]:
+    """Yield the tasks in a database that are in none of the queues."""
+    return unserved(using, {place for queue, place in _queues.items() if queue.using == using})
+
+
+def _findings(using: str) -> Iterator[Finding]:
+    return (findings.unserved(str(one), one.rows) for one in _unserved(using))
+
+
+def _warn_of_unserved(using: str) -> None:
+    """Log of them, once."""
+    if using not in _looked_at:
+        for finding in _findings(using):
+            logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
+        _looked_at.add(using)
 
 
 class _Upkeep:
@@ -159,6 +185,7 @@ class _Upkeep:
 
     def keep(self) -> None:
         promote(self.queue)
+        _warn_of_unserved(self.queue.using)
         if self._ttl is not None and time.monotonic() >= self._prune_at:
             # What is left by then goes on after the next promotion.
             is_done = self._prune(self._ttl, time.monotonic() + _PRUNE_SECONDS)
