@@ -113,6 +113,8 @@ class Queue(Generic[M]):
         self.error_field: str | None = options["error_field"]
         #: Queues on one field whose groups differ have no row in common, now or later.
         self.group: object = None
+        #: The name of the unique field by which others than the database know its tasks, if they do.
+        self.id_field: str | None = None
         #: What ``manage.py modelqueue doctor`` finds beside, by a look at the table of its tasks.
         self.examine: Callable[[], Iterator[Any]] | None = None
         source = Source.of(self.rows(), field, self.error_field)

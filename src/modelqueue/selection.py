@@ -109,6 +109,8 @@ class Change:
     """How many of them somebody else has locked; they are as they were."""
     missing: list[Any] = field(default_factory=list)
     """The keys that no task of the queue has."""
+    missing_ids: list[str] = field(default_factory=list)
+    """The same of those that were named by the ids of their results."""
     left: dict[Any, str] = field(default_factory=dict)
     """The keys of tasks that the verb, or the selection, leaves alone; each with its state, or "null"."""
     locked_keys: list[Any] = field(default_factory=list)
@@ -117,7 +119,7 @@ class Change:
     @property
     def is_complete(self) -> bool:
         """Whether everything that was named is there and was changed, or could be."""
-        return not (self.missing or self.left or self.locked)
+        return not (self.missing or self.missing_ids or self.left or self.locked)
 
 
 def change(queue: Queue[Any], selection: Selection, verb: Verb, dry_run: bool = False) -> Change:

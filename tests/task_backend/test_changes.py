@@ -1,10 +1,11 @@
 """Canceling and retrying: from code, by the actions of the admin, and by the command."""
 
+import json
 from io import StringIO
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.urls import reverse
 
 from modelqueue import State, Status, verbs
@@ -26,31 +27,37 @@ def in_admin(action):
     return change
 
 
-def by_command(verb):
-    def change(result, admin_client):
-        out = StringIO()
-        try:
-            call_command(
-                "modelqueue", verb, "default", "--pk", str(row_of(result).pk), stdout=out, stderr=out
-            )
-        except SystemExit as ended:
-            return ended.code == 0
-        return True
+def call(*arguments):
+    """Call the command; return its exit code and what it has written."""
+    out = StringIO()
+    try:
+        call_command("modelqueue", *arguments, stdout=out, stderr=out)
+    except SystemExit as ended:
+        return ended.code, out.getvalue()
+    return 0, out.getvalue()
 
-    return change
+
+def by_number(verb):
+    return lambda result, _: call(verb, "default", "--pk", str(row_of(result).pk))[0] == 0
+
+
+def by_id(verb):
+    return lambda result, _: call(verb, "default", "--id", result.id)[0] == 0
 
 
 CANCEL = {
     "code": lambda result, _: backend().cancel(result.id),
     "async code": lambda result, _: async_to_sync(backend().acancel)(result.id),
     "admin": in_admin("cancel_tasks"),
-    "command": by_command("cancel"),
+    "command, by number": by_number("cancel"),
+    "command, by id": by_id("cancel"),
 }
 RETRY = {
     "code": lambda result, _: backend().retry(result.id),
     "async code": lambda result, _: async_to_sync(backend().aretry)(result.id),
     "admin": in_admin("retry_tasks"),
-    "command": by_command("retry"),
+    "command, by number": by_number("retry"),
+    "command, by id": by_id("retry"),
 }
 
 
@@ -156,3 +163,51 @@ def test_canceled_task_that_is_claimed_by_nobody_is_told_by_its_time():
     result.refresh()
     assert result.is_finished
     assert (result.started_at, result.last_attempted_at, result.worker_ids) == (None, None, [])
+
+
+# By the id, on the command line
+
+
+def test_tasks_may_be_named_by_id_and_by_number():
+    first, second, other = (tasks.add.enqueue(number) for number in range(3))
+    ids = ["--id", first.id, second.id, "--id", second.id]
+    code, told = call("cancel", "default", *ids, "--pk", str(row_of(second).pk), str(row_of(other).pk))
+    assert (code, told) == (0, "3 tasks of default made canceled.\n")
+
+
+def test_what_is_named_by_id_is_told_by_id():
+    done, waiting, elsewhere = tasks.add.enqueue(1), tasks.add.enqueue(2), tasks.note_elsewhere.enqueue("a")
+    run_one()
+    code, told = call("cancel", "default", "--id", done.id, waiting.id, elsewhere.id, "none", "--dry-run")
+    assert (code, told.splitlines()) == (
+        1,
+        [
+            "1 task of default would be canceled.",
+            f"default has no task {elsewhere.id}, none.",
+            f"Left alone, as finished: {done.id}.",
+        ],
+    )
+    document = json.loads(call("cancel", "default", "--json", "--id", done.id, "none", "--pk", "0")[1])
+    assert (document["missing_pks"], document["missing_ids"]) == ([0], ["none"])
+    assert document["left"] == [{"pk": row_of(done).pk, "state": "finished"}]
+
+
+def test_id_that_no_task_has_means_none_and_not_all():
+    waiting = tasks.add.enqueue(1)
+    assert call("cancel", "default", "--id", "none")[0] == 1
+    assert refreshed(waiting).status == States.READY
+
+
+def test_id_of_other_letters_is_no_id():
+    """Also where the database takes them for the same."""
+    result = tasks.add.enqueue(1)
+    code, _ = call("cancel", "default", "--id", result.id.upper())
+    assert (code, refreshed(result).status) == (1, States.READY)
+
+
+def test_queue_of_other_tasks_has_no_ids():
+    with pytest.raises(
+        CommandError, match=r"testapp.review is no queue of Django tasks.* Give --pk"
+    ) as error:
+        call("cancel", "testapp.review", "--id", "x")
+    assert error.value.returncode == 2

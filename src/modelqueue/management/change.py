@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
         help="the tasks with these primary keys; can be given several times",
     )
     add(
+        "--id",
+        action="extend",
+        nargs="+",
+        metavar="ID",
+        help="the Django tasks with these ids of their results; can be given several times",
+    )
+    add(
         "--state",
         action="append",
         type=one_of_the_states(*verb.states),
@@ -67,28 +75,68 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
 
 def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
     (queue,) = chosen_queues([options["queue"]])
-    selection = selected(queue, options, verb)
-    with Clocks().of(checked_using(queue)):
+    keys, ids = keys_of(queue, options["pk"]), checked_ids(queue, options["id"])
+    using = checked_using(queue)
+    found = keys_of_ids(queue, ids)
+    named = None if keys is None and ids is None else [*dict.fromkeys([*(keys or []), *found.values()])]
+    selection = selected(queue, named, options, verb)
+    with Clocks().of(using):
         result = change(queue, selection, verb, options["dry_run"])
+    result.missing_ids = [one for one in ids or [] if one not in found]
     if options["json"]:
         command.stdout.write(json.dumps(as_dict(queue, verb, result, options["dry_run"]), default=str))
     else:
-        tell(command, queue, verb, result, options["dry_run"])
+        names = {key: one for one, key in found.items()}
+        tell(command, queue, verb, result, options["dry_run"], names)
     return 0 if result.is_complete else 1
 
 
-def selected(queue: Queue[Any], options: dict[str, Any], verb: Verb) -> Selection:
+def keys_of(queue: Queue[Any], texts: list[Any] | None) -> list[Any] | None:
+    """Return the primary keys that are named.
+
+    Raises:
+        CommandError: one is none of the queue's model.
+    """
+    try:
+        return texts and [parse_key(queue.model, str(text)) for text in texts]
+    except ValueError as error:
+        raise CommandError(str(error), returncode=WRONG_USAGE) from error
+
+
+def checked_ids(queue: Queue[Any], texts: list[Any] | None) -> list[str] | None:
+    """Return the ids of results that are named.
+
+    Raises:
+        CommandError: the queue has none.
+    """
+    if texts and queue.id_field is None:
+        raise CommandError(
+            f"{queue.name} is no queue of Django tasks, so {texts[0]!r} can be the id of none. Give --pk.",
+            returncode=WRONG_USAGE,
+        )
+    return texts and list(dict.fromkeys(map(str, texts)))
+
+
+def keys_of_ids(queue: Queue[Any], ids: list[str] | None) -> dict[str, Any]:
+    """Return the primary keys of tasks of the queue by their ids; those of none are left out."""
+    if not ids or queue.id_field is None:
+        return {}
+    rows = queue.source().queryset.filter(**{f"{queue.id_field}__in": ids})
+    found = dict(rows.values_list(queue.id_field, "pk"))
+    return {one: found[one] for one in ids if one in found}
+
+
+def selected(queue: Queue[Any], keys: list[Any] | None, options: dict[str, Any], verb: Verb) -> Selection:
     """Return which tasks the options mean.
+
+    Args:
+        keys: of the tasks that are named one by one; None: none is.
 
     Raises:
         CommandError: they mean nothing, or the whole queue without saying so.
     """
-    try:
-        keys = options["pk"] and [parse_key(queue.model, str(text)) for text in options["pk"]]
-    except ValueError as error:
-        raise CommandError(str(error), returncode=WRONG_USAGE) from error
     selection = Selection(
-        keys and list(dict.fromkeys(keys)),
+        keys,
         options["state"],
         options["older_than"],
         options["younger_than"],
@@ -101,8 +149,8 @@ def selected(queue: Queue[Any], options: dict[str, Any], verb: Verb) -> Selectio
         )
     if selection.is_everything and not options["all"]:
         raise CommandError(
-            f"This would {verb.name} every task of {queue.name}. Say which: --pk, --state, --older-than, "
-            "--younger-than; or --all.",
+            f"This would {verb.name} every task of {queue.name}. Say which: --pk, --id, --state, "
+            "--older-than, --younger-than; or --all.",
             returncode=WRONG_USAGE,
         )
     if older is not None and younger is not None and older >= younger:
@@ -123,24 +171,40 @@ def as_dict(queue: Queue[Any], verb: Verb, result: Change, dry_run: bool) -> dic
         "locked": result.locked,
         "locked_pks": result.locked_keys,
         "missing_pks": result.missing,
+        "missing_ids": result.missing_ids,
         "left": [{"pk": key, "state": state} for key, state in result.left.items()],
     }
 
 
-def tell(command: BaseCommand, queue: Queue[Any], verb: Verb, result: Change, dry_run: bool) -> None:
-    """Write what was done, and to the standard error what was not."""
+def tell(
+    command: BaseCommand,
+    queue: Queue[Any],
+    verb: Verb,
+    result: Change,
+    dry_run: bool,
+    names: Mapping[Any, str],
+) -> None:
+    """Write what was done, and to the standard error what was not.
+
+    Args:
+        names: what is written for a primary key, if not the key.
+    """
+
+    def listed(keys: list[Any]) -> str:
+        return _listed([names.get(key, key) for key in keys])
+
     if dry_run:
         command.stdout.write(f"{counted(result.matching, 'task')} of {queue.name} would be {verb.done}.")
     else:
         command.stdout.write(f"{counted(result.changed, 'task')} of {queue.name} made {verb.done}.")
-    if result.missing:
-        command.stderr.write(f"{queue.name} has no task {_listed(result.missing)}.")
+    if missing := [*result.missing, *result.missing_ids]:
+        command.stderr.write(f"{queue.name} has no task {listed(missing)}.")
     for state in sorted(set(result.left.values())):
         keys = [key for key, one in result.left.items() if one == state]
         what = "not in the queue" if state == "null" else state
-        command.stderr.write(f"Left alone, as {what}: {_listed(keys)}.")
+        command.stderr.write(f"Left alone, as {what}: {listed(keys)}.")
     if result.locked:
-        which = f": {_listed(result.locked_keys)}" if result.locked_keys else ""
+        which = f": {listed(result.locked_keys)}" if result.locked_keys else ""
         command.stderr.write(
             f"Left alone, as somebody has locked them: {counted(result.locked, 'task')}{which}."
         )

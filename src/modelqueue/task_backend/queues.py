@@ -154,6 +154,7 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
     )(execute)
     upkeep.queue = declared
     declared.group = alias
+    declared.id_field = "result_id"
     declared.examine = lambda: _findings(declared.using)
     return declared
 
