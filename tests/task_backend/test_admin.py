@@ -6,6 +6,7 @@ from django.urls import reverse
 
 from modelqueue import State, Status
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.task_backend.results import STATES
 from tests.task_backend.backends import queue_of, row_of, run_all, tasks
 
 pytestmark = pytest.mark.django_db
@@ -36,13 +37,29 @@ def test_list_shows_the_tasks_with_their_state(admin_client, rows):
     response = admin_client.get(reverse(LIST))
     text = response.content.decode()
     assert response.status_code == 200
-    for state, row in rows.items():
+    for row in rows.values():
         assert row.result_id in text
         assert f">{row.pk}</a></th>" in text  # by which the command line names it
-        assert f'<td class="field-state">{state}</td>' in text
+        assert f'<td class="field-result_status">{STATES[row.status.state]}</td>' in text
     assert '<td class="field-attempts">1</td>' in text
     assert "tests.task_backend.tasks.fail" in text
     assert response.context["cl"].result_count == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ("READY", ["waiting"]),
+        ("RUNNING", ["working"]),
+        ("SUCCESSFUL", ["finished"]),
+        ("FAILED", ["canceled"]),
+        ("failed", []),
+    ],
+)
+def test_list_is_filtered_by_the_status_of_the_results(status, shown, admin_client, rows):
+    response = admin_client.get(reverse(LIST), {"result_status": status})
+    found = {row.pk for row in response.context["cl"].result_list}
+    assert found == {rows[state].pk for state in shown}
 
 
 @pytest.mark.parametrize("state", ["waiting", "working", "finished", "canceled"])
@@ -78,9 +95,9 @@ def row_as_result(row):
 def test_task_that_is_canceled_while_it_runs_and_retried_keeps_that_attempt(admin_client):
     result = tasks.add.enqueue(1)
     queue_of().claim()
-    for action, state in (("cancel_tasks", "working"), ("retry_tasks", "canceled")):
+    for action, status in (("cancel_tasks", "RUNNING"), ("retry_tasks", "FAILED")):
         chosen = {"action": action, "_selected_action": [row_of(result).pk]}
-        response = admin_client.post(f"{reverse(LIST)}?status_queue={state}", chosen)
+        response = admin_client.post(f"{reverse(LIST)}?result_status={status}", chosen)
         assert response.status_code == 302
     result.refresh()
     assert (result.status.name, result.attempts, len(result.errors)) == ("READY", 1, 1)

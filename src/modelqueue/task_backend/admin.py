@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from django.contrib import admin, messages
+from django.db.models import Q
 from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 
 from modelqueue import verbs
-from modelqueue.admin import admin_list_filter
 from modelqueue.source import on_write_database
+from modelqueue.status import Status
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.receivers import record_canceled
+from modelqueue.task_backend.results import READY, STATES
 
 __all__ = ["QueuedTaskAdmin"]
+
+
+class ResultStatusFilter(admin.SimpleListFilter):
+    title = _("status")
+    parameter_name = "result_status"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, name) for name in dict.fromkeys(STATES.values())]
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> Any:
+        chosen = self.value()
+        states = [state for state, name in STATES.items() if name == chosen]
+        in_one = [Q(**Status.filter("status", state)) for state in states]
+        # Of an address that somebody typed: none.
+        return queryset if chosen is None else queryset.filter(reduce(or_, in_one, Q(pk__in=[])))
 
 
 @admin.register(QueuedTask)
@@ -23,13 +42,13 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         "number",
         "result_id",
         "function",
-        "state",
+        "result_status",
         "attempts",
         "queue_name",
         "task_priority",
         "enqueued_at",
     ]
-    list_filter = [admin_list_filter("status"), "backend_name", "queue_name"]
+    list_filter = [ResultStatusFilter, "backend_name", "queue_name"]
     search_fields = ["result_id", "function"]
     ordering = ["-pk"]
     actions = ["retry_tasks", "cancel_tasks"]
@@ -49,9 +68,10 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         """By which the command line names it."""
         return row.pk
 
-    @admin.display(description=_("state"), ordering="status")
-    def state(self, row: QueuedTask) -> str:
-        return "" if row.status is None else row.status.state.name
+    @admin.display(description=_("status"), ordering="status")
+    def result_status(self, row: QueuedTask) -> str:
+        """In the words of the task API."""
+        return "" if row.status is None else STATES.get(row.status.state, READY)
 
     @admin.display(description=_("attempts"))
     def attempts(self, row: QueuedTask) -> int | None:

@@ -16,13 +16,21 @@ from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.policies import by_task
 from modelqueue.task_backend.times import of_project
 
-__all__ = ["forget_senders", "found_task", "result_of", "sender_of", "succeeded"]
+__all__ = ["READY", "STATES", "forget_senders", "found_task", "result_of", "sender_of", "succeeded"]
 
 #: How a traceback begins, also that of a group of exceptions.
 _TRACEBACK = re.compile(r"^(  \+ Exception Group )?Traceback \(most recent call last\):", re.MULTILINE)
 #: A return value that is not JSON is a TypeError to Django, which a project may ask for.
 _TOLD_AS = {"modelqueue.task_backend.execution.ReturnValueError": "builtins.TypeError"}
-_STATES = {State.working: "RUNNING", State.finished: "SUCCESSFUL", State.canceled: "FAILED"}
+READY = "READY"
+#: How the task APIs call a state; a number of none is READY, too.
+STATES = {
+    State.created: READY,
+    State.waiting: READY,
+    State.working: "RUNNING",
+    State.finished: "SUCCESSFUL",
+    State.canceled: "FAILED",
+}
 
 
 def found_task(row: QueuedTask) -> Any:
@@ -109,7 +117,7 @@ def result_of(row: QueuedTask, task: Any) -> Any:
     result = api.TaskResult(
         task=task,
         id=row.result_id,
-        status=api.TaskResultStatus[_STATES.get(status.state, "READY")],
+        status=api.TaskResultStatus[STATES.get(status.state, READY)],
         enqueued_at=row.enqueued_at,
         started_at=next(iter(began), None),
         last_attempted_at=began[-1] if began else None,
