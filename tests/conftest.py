@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,17 @@ from tests.processes import Processes
 from tests.worker.workers import Workers
 
 IN_MEMORY = Path("/dev/shm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage among the thousands of tests, then or later: that took a sixth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_make_parametrize_id(val):

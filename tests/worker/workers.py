@@ -11,6 +11,9 @@ import time
 
 from tests.processes import ROOT, environment, wait_until
 
+#: Without what is for pages, see `tests.settings`.
+LEAN = {"MODELQUEUE_TEST_LEAN": "1"}
+
 
 class Worker:
     """One started ``manage.py modelqueue worker``, in a process group of its own."""
@@ -23,7 +26,7 @@ class Worker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=without_buffer_switch(environment(databases) | (variables or {})),
+            env=without_buffer_switch(environment(databases) | LEAN | (variables or {})),
             start_new_session=True,
         )
         self.pid = self.process.pid
