@@ -31,7 +31,7 @@ demo: $(VENV)/.test ## watch a worker drain a queue of real files (DB=sqlite or 
 demo-admin: $(VENV)/.test ## look at what the demo left, in Django's admin
 	$(PY) examples/demo.py admin $(if $(DB),--db $(DB))
 
-test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on every database of this machine (DB=sqlite|postgres|postgres15|mariadb, ENGINE=portable, COVER=1, ARGS="-k word")
+test: $(VENV)/.test $(if $(filter-out all mariadb,$(DB)),,$(VENV)/.mariadb) ## run the tests on each kind of database that this machine has (DB=sqlite|postgres|postgres15|mariadb, ENGINE=portable, COVER=1, ARGS="-k word")
 	$(PY) -m tests.suite --db $(or $(DB),all) --engine $(ENGINE) $(if $(COVER),--cover) $(ARGS)
 
 failover: $(VENV)/.test ## kill a PostgreSQL under load, and promote its standby

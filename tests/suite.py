@@ -1,7 +1,8 @@
 """Run the test suite on one database or on each that this machine has.
 
-    python -m tests.suite                          all of them
-    python -m tests.suite --db sqlite -k status    one; what follows goes to pytest
+    python -m tests.suite                          on one of each kind
+    python -m tests.suite --db sqlite -k status    on one; what follows goes to pytest
+    python -m tests.suite --db postgres15 --part   on another version: what it may take differently
     python -m tests.suite --engine portable        with the way to claim that works on every database
 
 A server is started once for the whole run, not by each worker of pytest. Where all databases are asked for,
@@ -27,6 +28,7 @@ from tests import servers
 
 ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "build" / "coverage"
+EVERYWHERE = ("sqlite", "postgres", "mariadb")
 #: The engine of two versions of a server is one, and is covered on the newer one.
 TWIN = "postgres15"
 #: Where the portable engine claims in another way than the one that is chosen by itself.
@@ -105,23 +107,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.suite", description="Run the test suite.")
     parser.add_argument("--db", action="append", metavar="NAME", help=f"{', '.join(servers.ALL)}; or: all")
     parser.add_argument("--engine", choices=conf.SETTINGS["ENGINE"].choices, default="auto")
+    parser.add_argument("--part", action="store_true", help="leave out what can find nothing new there")
     parser.add_argument("--cover", action="store_true", help="also write down what is covered")
     options, arguments = parser.parse_known_args()
     asked = options.db or ["all"]
-    everywhere = WITH_OWN_CLAIM if options.engine == "portable" else servers.ALL
+    everywhere = WITH_OWN_CLAIM if options.engine == "portable" else EVERYWHERE
     names = everywhere if "all" in asked else tuple(asked)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
-    is_whole = "all" in asked and not any(not one.startswith("-") for one in arguments)
+    is_part = options.part or "all" in asked
+    is_part &= not any(not one.startswith("-") for one in arguments)  # who names files means those
     results: dict[str, str] = {}
     failed = False
     for name in names:
         started = time.monotonic()
         try:
             with servers.start(name) as server:
-                part = part_for(name, options.engine) if is_whole else []
+                part = part_for(name, options.engine) if is_part else []
                 code = run(name, server, options, [*arguments, *part])
         except servers.Unavailable as reason:
             results[name] = f"not run: {reason}"
@@ -143,7 +147,7 @@ def part_for(name: str, engine: str) -> list[str]:
         return OF_CLAIMS
     if name == TWIN:
         return OF_STATEMENTS
-    return [] if name == servers.ALL[0] else [f"--ignore={file}" for file in NEED_NO_DATABASE]
+    return [] if name == EVERYWHERE[0] else [f"--ignore={file}" for file in NEED_NO_DATABASE]
 
 
 def stop(number: int, frame: object) -> None:
