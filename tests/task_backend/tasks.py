@@ -109,6 +109,16 @@ def give(kind):
     }[kind]
 
 
+@policy(retry=0)
+@task
+def nest(levels):
+    """Return as many lists, one in the other."""
+    made = []
+    for _ in range(levels - 1):
+        made = [made]
+    return made
+
+
 @task(takes_context=True)
 def tell(context, *args, **kwargs):
     result = context.task_result

@@ -242,6 +242,27 @@ def test_argument_that_not_every_database_keeps_is_refused(name, enqueue_one):
         assert QueuedTask.objects.count() == 0  # the transaction goes on
 
 
+def nested(levels):
+    """Lists and dictionaries in each other."""
+    made = 1
+    for level in range(levels):
+        made = [made] if level % 2 else {"a": made, "b": 2}
+    return made
+
+
+@pytest.mark.parametrize("enqueue_one", ["enqueue", "enqueue_many"])
+def test_argument_that_is_nested_more_deeply_than_mariadb_takes_is_refused_there(enqueue_one, vendor):
+    """It is two levels deeper in what is stored: a list, in a dictionary."""
+    ENQUEUE[enqueue_one](nested(29))
+    with transaction.atomic():
+        if vendor == "mysql":
+            with pytest.raises(ValueError, match="nested 32 levels deep, and MariaDB takes 31"):
+                ENQUEUE[enqueue_one](nested(30))
+        else:
+            ENQUEUE[enqueue_one](nested(30))
+        assert QueuedTask.objects.count() == 1 + (vendor != "mysql")  # the transaction goes on
+
+
 def test_text_that_only_looks_as_if_a_database_did_not_keep_it_is_kept():
     given = ["\\u0000", "\\\\u0000", "ü\U0001f600"]
     assert row_of(tasks.add.enqueue(given)).arguments["args"] == [given]

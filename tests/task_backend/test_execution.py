@@ -78,6 +78,17 @@ def test_value_that_json_has_not_is_a_failure(kind):
     assert row_of(result).return_value is None
 
 
+@pytest.mark.parametrize("levels", [31, 32])
+def test_value_that_is_nested_more_deeply_than_mariadb_takes_is_a_failure_there(levels, vendor):
+    result = tasks.nest.enqueue(levels)
+    run_all()
+    if vendor == "mysql" and levels > 31:
+        assert refreshed(result).status == States.FAILED
+        assert "nested 32 levels deep, and MariaDB takes 31" in result.errors[0].traceback
+    else:
+        assert refreshed(result).status == States.SUCCESSFUL
+
+
 def test_value_of_an_earlier_attempt_is_not_kept_after_a_failure():
     result = tasks.fail_at_first.enqueue("a")
     run_one()

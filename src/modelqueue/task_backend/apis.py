@@ -7,8 +7,6 @@ second. So everything that is made of a task is made with the classes of that ta
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,10 +17,6 @@ from django.core.exceptions import ImproperlyConfigured
 __all__ = ["BACKPORT", "DJANGO", "Api", "api", "api_of", "default", "in_use", "is_result"]
 
 DJANGO, BACKPORT = "django.tasks", "django_tasks"
-
-
-#: JSON writes NUL as an escape, and a text that only looks like one with another backslash.
-_NO_TEXT = re.compile(r"[\ud800-\udfff]|(?<!\\)(?:\\\\)*\\u0000")
 
 
 class Api:
@@ -44,24 +38,6 @@ class Api:
         self.signals: Any = import_module(f"{package}.signals")
         place = "django.utils.json" if package == DJANGO else f"{package}.utils"
         self.normalize_json: Any = import_module(place).normalize_json
-
-    def as_json(self, value: Any) -> Any:
-        """Return what JSON makes of a value.
-
-        Raises:
-            TypeError, ValueError: JSON has no such thing. Nor has it NaN and infinite numbers: Python writes
-                them, and no database takes what it wrote.
-        """
-        try:
-            made = self.normalize_json(value)
-            text = json.dumps(made, allow_nan=False, ensure_ascii=False)
-        except RecursionError:
-            raise ValueError("it contains itself, or is nested too deeply") from None
-        if _NO_TEXT.search(text):
-            raise ValueError(
-                "a text in it has NUL or half of a surrogate pair, which not every database keeps"
-            )
-        return made
 
     def __repr__(self) -> str:
         return f"<Api {self.package}>"

@@ -22,6 +22,7 @@ from modelqueue.clock import now
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, policies
 from modelqueue.task_backend.insertion import insert
+from modelqueue.task_backend.json_values import as_json
 from modelqueue.task_backend.options import OPTIONS, Options, backends_of_setting
 from modelqueue.task_backend.policies import options_of
 from modelqueue.task_backend.priorities import next_priority
@@ -170,7 +171,7 @@ class _Backend:
 
     def _json(self, task: Any, arguments: Any) -> Any:
         try:
-            return self.api.as_json(arguments)
+            return as_json(self.api, arguments, self.database)
         except (TypeError, ValueError) as error:
             raise type(error)(
                 f"{task.module_path} can not be enqueued with these arguments, as they are stored as JSON: "

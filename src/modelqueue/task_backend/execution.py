@@ -18,6 +18,7 @@ from modelqueue.engines import Change, engine_for
 from modelqueue.queues import Queue
 from modelqueue.status import Status
 from modelqueue.task_backend import apis, priorities
+from modelqueue.task_backend.json_values import as_json
 from modelqueue.task_backend.models import QueuedTask, Started
 from modelqueue.task_backend.policies import options_of
 from modelqueue.task_backend.results import declared_task, found_task, result_of, sender_of
@@ -62,7 +63,7 @@ def execute(row: QueuedTask) -> None:
         raise RuntimeError("The function ended with asyncio.CancelledError, of its own.") from error
     if value is not None:
         try:
-            row.return_value = api.as_json(value)
+            row.return_value = as_json(api, value, row._state.db or DEFAULT_DB_ALIAS)
         except (TypeError, ValueError) as error:
             raise ReturnValueError(f"{row.function} returned what is not JSON: {error}.") from error
 
