@@ -111,6 +111,14 @@ def _clock_of_the_machine():
     clock.shift(None)
 
 
+@pytest.fixture(autouse=True)
+def _no_content_types():
+    """Forget the content types that earlier tests have made: their rows are rolled back, or deleted."""
+    from django.contrib.contenttypes.models import ContentType  # which is no model before the set-up
+
+    ContentType.objects.clear_cache()
+
+
 @pytest.fixture
 def declare():
     """`modelqueue.queue`, whose queues are forgotten after the test."""

@@ -31,7 +31,7 @@ TASK_BACKEND = [
     *[name for name in ("django_tasks", "django_tasks_db") if find_spec(name)],
 ]
 # A worker that a test starts has what it needs alone: it is ready in two thirds of the time.
-IS_LEAN = "MODELQUEUE_TEST_LEAN" in os.environ
+IS_LEAN = bool(os.environ.get("MODELQUEUE_TEST_LEAN"))
 INSTALLED_APPS = [
     *([] if IS_LEAN else PAGES),
     "modelqueue",

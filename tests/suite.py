@@ -29,8 +29,6 @@ from tests import servers
 ROOT = Path(__file__).parent.parent
 COVERAGE = ROOT / "build" / "coverage"
 EVERYWHERE = ("sqlite", "postgres", "mariadb")
-#: The engine of two versions of a server is one, and is covered on the newer one.
-TWIN = "postgres15"
 #: Where the portable engine claims in another way than the one that is chosen by itself.
 WITH_OWN_CLAIM = ("sqlite", "postgres")
 
@@ -107,18 +105,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.suite", description="Run the test suite.")
     parser.add_argument("--db", action="append", metavar="NAME", help=f"{', '.join(servers.ALL)}; or: all")
     parser.add_argument("--engine", choices=conf.SETTINGS["ENGINE"].choices, default="auto")
-    parser.add_argument("--part", action="store_true", help="leave out what can find nothing new there")
+    parser.add_argument(
+        "--part",
+        action="store_true",
+        help="leave out what can find nothing new there, and all of it where there is no such database",
+    )
     parser.add_argument("--cover", action="store_true", help="also write down what is covered")
     options, arguments = parser.parse_known_args()
     asked = options.db or ["all"]
     everywhere = WITH_OWN_CLAIM if options.engine == "portable" else EVERYWHERE
-    names = everywhere if "all" in asked else tuple(asked)
+    names = dict.fromkeys(name for one in asked for name in (everywhere if one == "all" else [one]))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
-    is_part = options.part or "all" in asked
-    is_part &= not any(not one.startswith("-") for one in arguments)  # who names files means those
+    # Who names files means those.
+    is_part = options.part or ("all" in asked and all(one.startswith("-") for one in arguments))
     results: dict[str, str] = {}
     failed = False
     for name in names:
@@ -129,7 +131,7 @@ def main() -> int:
                 code = run(name, server, options, [*arguments, *part])
         except servers.Unavailable as reason:
             results[name] = f"not run: {reason}"
-            failed |= "all" not in asked
+            failed |= not options.part and "all" not in asked
         else:
             seconds = f"{time.monotonic() - started:.0f} s"
             results[name] = f"{'FAILED' if code else 'passed'} in {seconds}{', in part' * bool(part)}"
@@ -145,9 +147,14 @@ def part_for(name: str, engine: str) -> list[str]:
     """Tell pytest what can find something here which is not found elsewhere."""
     if engine == "portable":
         return OF_CLAIMS
-    if name == TWIN:
+    if is_twin(name):
         return OF_STATEMENTS
     return [] if name == EVERYWHERE[0] else [f"--ignore={file}" for file in NEED_NO_DATABASE]
+
+
+def is_twin(name: str) -> bool:
+    """Say whether it is another version of a server: its engine is one, and is covered on the newer one."""
+    return name.startswith("postgres") and name != "postgres"
 
 
 def stop(number: int, frame: object) -> None:
@@ -169,7 +176,7 @@ def run(name: str, server: dict[str, object], options: argparse.Namespace, argum
     # much work.
     inherited = {name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"}
     COVERAGE.mkdir(parents=True, exist_ok=True)
-    is_covered = options.cover and name != TWIN and engine != "portable"
+    is_covered = options.cover and not is_twin(name) and engine != "portable"
     for old in COVERAGE.glob(f"data.{cell}.*") if is_covered else []:
         old.unlink()
     process = subprocess.Popen(

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "othe
 
 @pytest.fixture
 def start(workers):
-    def start(*arguments, setting=TASKS):
-        return workers.start(*arguments, variables={"MODELQUEUE_TEST_TASK_BACKENDS": json.dumps(setting)})
+    def start(*arguments, setting=TASKS, **variables):
+        variables["MODELQUEUE_TEST_TASK_BACKENDS"] = json.dumps(setting)
+        return workers.start(*arguments, variables=variables)
 
     return start
 
@@ -38,7 +39,7 @@ def test_worker_serves_all_backends_and_drains(start):
         tasks.fail_at_first.enqueue("a", 2),
     ]
     failed = [tasks.fail.enqueue(), tasks.fail_later.enqueue()]
-    worker = start("--drain", "--processes", 2)
+    worker = start("--drain", "--processes", 2, MODELQUEUE_TEST_LEAN="")  # with the admin
     assert worker.process.wait(60) == 0, worker.output
     values = [refreshed(one).return_value for one in results]
     assert values == [3, 7, "atomic", results[3].id, "red", "blue", "at last"]
