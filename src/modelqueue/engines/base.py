@@ -649,6 +649,10 @@ class Engine(Session):
         """Return how long a short write may wait for others before it fails; zero where none waits."""
         return dt.timedelta()
 
+    def deepest_json(self) -> int | None:
+        """Return how many levels of lists and dictionaries a JSON field takes, where they are few."""
+        return None
+
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:
         """Begin a transaction that reads before it writes; of use where there is one writer at a time."""
 

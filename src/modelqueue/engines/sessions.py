@@ -1,7 +1,7 @@
 """A session with a database: short transactions, errors that mean "try again", connections that were lost.
 
-"Try again" errors are retried inside, with jitter, for up to 30 s; inside an outer
-transaction they are raised at once, since only who began it can begin it again.
+"Try again" errors are retried inside, with jitter, for up to 30 s, and once where a single wait took longer.
+Inside an outer transaction they are raised at once, since only who began it can begin it again.
 
 Nothing here knows of tasks. A vendor's engine says what its database's errors mean and how it sees that a
 transaction is open, by overriding what is here.
@@ -117,6 +117,8 @@ class Session:
 
     def patiently(self, work: Callable[[], T], reconnect: bool = False) -> T:
         """Do work in a transaction of its own, again while the database says "try again".
+
+        For as long as `patience`, and once more after a wait that was longer.
 
         Args:
             reconnect: try again also when the connection was lost. Only for work that may be done

@@ -6,16 +6,13 @@ import json
 import re
 from typing import Any
 
-from django.db import connections
-
+from modelqueue.engines import engine_for
 from modelqueue.task_backend.apis import Api
 
 __all__ = ["as_json"]
 
 #: JSON writes NUL as an escape, and a text that only looks like one with another backslash.
 _NO_TEXT = re.compile(r"[\ud800-\udfff]|(?<!\\)(?:\\\\)*\\u0000")
-#: Levels of lists and dictionaries that MariaDB takes for JSON (json_valid() of 10.11).
-_DEEPEST_OF_MARIADB = 31
 
 
 def as_json(api: Api, value: Any, using: str) -> Any:
@@ -32,11 +29,9 @@ def as_json(api: Api, value: Any, using: str) -> Any:
         raise ValueError("it contains itself, or is nested too deeply") from None
     if _NO_TEXT.search(text):
         raise ValueError("a text in it has NUL or half of a surrogate pair, which not every database keeps")
-    connection: Any = connections[using]
-    if connection.vendor == "mysql" and _depth(made) > _DEEPEST_OF_MARIADB and connection.mysql_is_mariadb:
-        raise ValueError(
-            f"it is nested {_depth(made)} levels deep, and MariaDB takes {_DEEPEST_OF_MARIADB} of JSON"
-        )
+    deepest = engine_for(using).deepest_json()
+    if deepest is not None and (depth := _depth(made)) > deepest:
+        raise ValueError(f"it is nested {depth} levels deep, and MariaDB takes {deepest} of JSON")
     return made
 
 
