@@ -62,6 +62,14 @@ def test_list_is_filtered_by_the_status_of_the_results(status, shown, admin_clie
     assert found == {rows[state].pk for state in shown}
 
 
+def test_list_and_filter_call_ready_what_has_no_state_as_results_do(admin_client, rows):
+    for number, row in zip((7, -1, Status.created()), rows.values(), strict=False):
+        QueuedTask.objects.filter(pk=row.pk).update(status=number)
+    response = admin_client.get(reverse(LIST), {"result_status": "READY"})
+    assert response.context["cl"].result_count == 3
+    assert response.content.decode().count('<td class="field-result_status">READY</td>') == 3
+
+
 @pytest.mark.parametrize("state", ["waiting", "working", "finished", "canceled"])
 def test_page_of_a_task_shows_all_of_it(state, admin_client, rows):
     row = rows[state]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -30,10 +31,18 @@ class ResultStatusFilter(admin.SimpleListFilter):
 
     def queryset(self, request: HttpRequest, queryset: Any) -> Any:
         chosen = self.value()
-        states = [state for state, name in STATES.items() if name == chosen]
-        in_one = [Q(**Status.filter("status", state)) for state in states]
-        # Of an address that somebody typed: none.
-        return queryset if chosen is None else queryset.filter(reduce(or_, in_one, Q(pk__in=[])))
+        if chosen is None:
+            return queryset
+        if chosen == READY:  # also what has no state at all
+            return queryset.exclude(_in_states(name for name in STATES.values() if name != READY))
+        return queryset.filter(_in_states([chosen]))
+
+
+def _in_states(names: Iterable[str]) -> Q:
+    """Return the condition that a result has one of these statuses; that nobody has the others."""
+    chosen = set(names)
+    in_one = [Q(**Status.filter("status", state)) for state, name in STATES.items() if name in chosen]
+    return reduce(or_, in_one, Q(pk__in=[]))
 
 
 @admin.register(QueuedTask)
@@ -71,7 +80,7 @@ class QueuedTaskAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @admin.display(description=_("status"), ordering="status")
     def result_status(self, row: QueuedTask) -> str:
         """In the words of the task API."""
-        return "" if row.status is None else STATES.get(row.status.state, READY)
+        return READY if row.status is None else STATES.get(row.status.state, READY)
 
     @admin.display(description=_("attempts"))
     def attempts(self, row: QueuedTask) -> int | None:
