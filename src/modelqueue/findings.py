@@ -208,10 +208,10 @@ def unserved(tasks: str, rows: str) -> Finding:
     return Finding(
         "unserved",
         Severity.warning,
-        f"Nobody runs {tasks}: the setting TASKS has no such backend or queue any more.",
-        "They wait for ever, and nothing else shows them.",
-        f"Give QUEUES that name back until they have run; or let another queue have them: {rows}"
-        ".update(backend_name=..., queue_name=...)",
+        f"{tasks}.",
+        "No worker with this setting runs them, nor takes them back where a worker has died.",
+        "Let TASKS have that backend, queue and database again until they have run; or let another queue of "
+        f"this database have them: {rows}.update(backend_name=..., queue_name=...)",
     )
 
 

@@ -17,7 +17,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, Union, cast
@@ -113,10 +113,10 @@ class Queue(Generic[M]):
         self.error_field: str | None = options["error_field"]
         #: Queues on one field whose groups differ have no row in common, now or later.
         self.group: object = None
-        #: The name of the unique field by which others than the database know its tasks, if they do.
-        self.id_field: str | None = None
-        #: What ``manage.py modelqueue doctor`` finds beside, by a look at the table of its tasks.
-        self.examine: Callable[[], Iterator[Any]] | None = None
+        #: Gives the keys of tasks in a database by other ids, if they have such; those of none are left out.
+        self.keys_of_ids: Callable[[str, Iterable[str]], dict[str, Any]] | None = None
+        #: Gives findings of ``manage.py modelqueue doctor`` that are of such queues alone, by the database.
+        self.examine: Callable[[str], Iterator[Any]] | None = None
         source = Source.of(self.rows(), field, self.error_field)
         if not isinstance(source.field, StatusField):
             raise TypeError(

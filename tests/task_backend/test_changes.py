@@ -190,6 +190,7 @@ def test_what_is_named_by_id_is_told_by_id():
     document = json.loads(call("cancel", "default", "--json", "--id", done.id, "none", "--pk", "0")[1])
     assert (document["missing_pks"], document["missing_ids"]) == ([0], ["none"])
     assert document["left"] == [{"pk": row_of(done).pk, "state": "finished"}]
+    assert document["pks_by_id"] == {done.id: row_of(done).pk}
 
 
 def test_id_that_no_task_has_means_none_and_not_all():
@@ -203,6 +204,12 @@ def test_id_of_other_letters_is_no_id():
     result = tasks.add.enqueue(1)
     code, _ = call("cancel", "default", "--id", result.id.upper())
     assert (code, refreshed(result).status) == (1, States.READY)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\x00", "x" * 1000])
+def test_id_that_no_result_can_have_is_that_of_none(text):
+    code, told = call("cancel", "default", "--id", text)
+    assert (code, told.splitlines()[0]) == (1, "0 tasks of default made canceled.")
 
 
 def test_queue_of_other_tasks_has_no_ids():

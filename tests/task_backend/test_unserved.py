@@ -7,14 +7,15 @@ from io import StringIO
 
 import pytest
 from django.core.management import call_command
-from django.db import connection
+from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Status
 from modelqueue.task_backend import unserved
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.worker.upkeep import Upkeep
 from tests.processes import wait_until
-from tests.task_backend.backends import BACKEND, TASKS, queue_of, run_all, tasks
+from tests.task_backend.backends import BACKEND, TASKS, queue_of, row_of, run_all, tasks
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
 
@@ -42,14 +43,10 @@ def leave_behind(settings, less=LESS):
 def test_doctor_tells_of_them(settings):
     leave_behind(settings)
     assert [(one["severity"], one["database"], one["finding"]) for one in found()] == [
-        (
-            "warning",
-            "default",
-            f"Nobody runs {what}: the setting TASKS has no such backend or queue any more.",
-        )
-        for what in (
-            "2 tasks of TASKS['default'] in the queue 'reports'",
-            "1 task of TASKS['other'] in the queue 'blue'",
+        ("warning", "default", f"{number} in no queue that the setting TASKS has in the database {place}.")
+        for number, place in (
+            ("2 tasks are", "'default': of the backend 'default', in its queue 'reports'"),
+            ("1 task is", "'default': of the backend 'other', in its queue 'blue'"),
         )
     ]
 
@@ -59,8 +56,13 @@ def test_doctor_tells_of_them_once_whichever_queue_it_looks_at(settings):
     assert len(found("mail")) == len(found("default", "mail")) == 2
 
 
-def test_cure_gives_them_to_another_queue(settings):
-    leave_behind(settings)
+@pytest.mark.parametrize("database", ["default", "other"])
+def test_cure_gives_them_to_another_queue_and_leaves_those_that_are_over(database, settings):
+    options = {"OPTIONS": {"database": database}}
+    settings.TASKS = {name: one | options for name, one in TASKS.items()}
+    over = tasks.add.using(queue_name="reports").enqueue(0)
+    run_all()
+    leave_behind(settings, {name: one | options for name, one in LESS.items()})
     ran = run_all()
     for one in found():
         expression = one["cure"].partition("have them: ")[2].partition(".update(")[0]
@@ -68,13 +70,14 @@ def test_cure_gives_them_to_another_queue(settings):
         rows.update(backend_name="default", queue_name="mail")
     assert found() == []
     assert (len(ran), len(run_all("mail"))) == (1, 3)
+    assert row_of(over, database).queue_name == "reports"
 
 
 def test_one_whose_worker_has_died_is_left_behind_too(settings):
     tasks.add.using(queue_name="reports").enqueue(1)
     QueuedTask.objects.update(status=Status.working())
     settings.TASKS = LESS
-    assert "1 task of" in found()[0]["finding"]
+    assert "1 task is" in found()[0]["finding"]
 
 
 def test_one_that_is_over_is_not_left_behind(settings):
@@ -91,17 +94,17 @@ def test_backend_of_any_queue_leaves_none_behind(settings):
 
 
 def test_backend_that_has_moved_to_another_database_leaves_its_tasks_behind(settings):
-    backend = {"BACKEND": BACKEND, "QUEUES": [], "OPTIONS": {"database": "other"}}
-    leave_behind(settings, LESS | {"other": backend})
-    assert [one["finding"].partition(":")[0] for one in found()] == [
-        "Nobody runs 2 tasks of TASKS['default'] in the queue 'reports'",
-        "Nobody runs 1 task of TASKS['other'] in the queue 'blue'",
-    ]
+    moved = TASKS["other"] | {"OPTIONS": {"database": "other"}}
+    leave_behind(settings, TASKS | {"other": moved})
+    (one,) = found()
+    assert one["database"] == "default"
+    assert "in the database 'default': of the backend 'other', in its queue 'blue'" in one["finding"]
 
 
-def test_names_that_the_database_takes_for_one_are_one(settings, vendor):
-    """MySQL and MariaDB do not tell a from A, so the queue serves those rows."""
-    tasks.add.using(queue_name="Mail").enqueue(1)
+@pytest.mark.parametrize("name", ["Mail", "m\N{LATIN SMALL LETTER A WITH ACUTE}il"])
+def test_names_that_the_database_takes_for_one_are_one(name, settings, vendor):
+    """MySQL and MariaDB do not tell a from A, nor from other kinds of it: the queue serves those rows."""
+    tasks.add.using(queue_name=name).enqueue(1)
     settings.TASKS = LESS
     assert len(found()) == (vendor != "mysql")
     assert len(run_all()) == (vendor == "mysql")
@@ -110,7 +113,7 @@ def test_names_that_the_database_takes_for_one_are_one(settings, vendor):
 def test_many_are_not_counted_to_the_end(settings, monkeypatch):
     monkeypatch.setattr(unserved, "CAP", 1)
     leave_behind(settings)
-    assert [one["finding"].split()[2] for one in found()] == ["1+", "1"]
+    assert [one["finding"].partition(" are in no")[0] for one in found()][:1] == ["1+ tasks"]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -120,7 +123,33 @@ def test_look_takes_as_many_queries_however_many_tasks_there_are(rows, settings)
         settings.TASKS = TASKS
     with CaptureQueriesContext(connection) as queries:
         assert len(list(unserved.unserved("default", {("default", "mail")}))) == 2
-    assert len(queries) == 8
+    assert len(queries) == 10
+
+
+@pytest.mark.parametrize("names", [1, 40])
+def test_look_passes_over_all_names_of_a_backend_that_takes_any(names):
+    """There may be one for each user of the project."""
+    for number in range(names):
+        tasks.add.using(queue_name=f"of user {number}").enqueue(1)
+    with CaptureQueriesContext(connection) as queries:
+        assert list(unserved.unserved("default", {("default", None)})) == []
+    assert len(queries) == 2
+
+
+def test_look_ends_after_some_queues_that_have_nothing_to_run(monkeypatch):
+    monkeypatch.setattr(unserved, "_MOST", 3)
+    for number in range(5):
+        tasks.add.using(queue_name=f"{number}").enqueue(1)
+    with CaptureQueriesContext(connection) as queries:
+        left = list(unserved.unserved("default", set()))
+    assert [one.queue for one in left] == ["0", "1", "2"]
+    assert len(queries) == 7
+
+
+def test_doctor_asks_also_where_another_queue_has_the_table(declare, settings):
+    declare(QueuedTask.objects.filter(function="x"), "status", name="a_first_one")(lambda task: None)
+    leave_behind(settings)
+    assert len(found()) == 2
 
 
 def test_worker_warns_of_them_once_when_it_starts(settings, workers):
@@ -130,17 +159,46 @@ def test_worker_warns_of_them_once_when_it_starts(settings, workers):
     wait_until(lambda: "'blue'" in worker.output)
     tasks.add.enqueue(1)
     wait_until(lambda: not QueuedTask.objects.filter(queue_name="default").exclude(status__state="finished"))
-    assert worker.output.count("Nobody runs") == 1
+    assert worker.output.count("Ask manage.py modelqueue doctor.") == 1
     assert worker.stop()[0] == 0
 
 
-def test_upkeep_tells_of_them_again_when_the_setting_has_changed(settings, caplog):
+@pytest.fixture
+def upkeep():
+    """Start the upkeep of queues, as a worker does; at the end it is stopped."""
+    started = []
+
+    def start(*queues):
+        started.append(Upkeep([*queues]))
+        started[-1].start()
+
+    yield start
+    for one in started:
+        one.stop()
+        wait_until(lambda one=one: one.has_ended)
+
+
+def test_look_that_fails_is_told_once_and_holds_up_nothing(settings, upkeep, caplog, monkeypatch):
+    def fail(using):
+        raise OperationalError("canceling statement due to statement timeout")
+
     leave_behind(settings)
+    rounds = []
     with caplog.at_level(logging.WARNING, "modelqueue"):
-        for _ in range(2):
-            queue_of().keep_up()
-            queue_of("mail").keep_up()
-        assert caplog.text.count("Ask manage.py modelqueue doctor.") == 2
-        settings.TASKS = LESS
-        queue_of().keep_up()
-    assert caplog.text.count("Ask manage.py modelqueue doctor.") == 4
+        for name in ("default", "mail"):
+            monkeypatch.setattr(queue_of(name), "upkeep", lambda name=name: rounds.append(name))
+        monkeypatch.setattr(queue_of("default"), "examine", fail)
+        upkeep(queue_of("default"), queue_of("mail"))
+        wait_until(lambda: len(rounds) >= 4)
+    assert caplog.text.count("default: can not be examined: canceling statement") == 1
+    assert caplog.text.count("Ask manage.py modelqueue doctor.") == 2  # by the other queue
+
+
+def test_two_queues_tell_of_them_once(settings, upkeep, caplog, monkeypatch):
+    leave_behind(settings)
+    rounds = []
+    with caplog.at_level(logging.WARNING, "modelqueue"):
+        monkeypatch.setattr(queue_of("mail"), "upkeep", lambda: rounds.append(1))
+        upkeep(queue_of("default"), queue_of("mail"))
+        wait_until(lambda: len(rounds) >= 2)
+    assert caplog.text.count("Ask manage.py modelqueue doctor.") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -75,68 +76,51 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
 
 def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
     (queue,) = chosen_queues([options["queue"]])
-    keys, ids = keys_of(queue, options["pk"]), checked_ids(queue, options["id"])
+    selection, ids = selected(queue, options, verb), checked_ids(queue, options["id"])
     using = checked_using(queue)
-    found = keys_of_ids(queue, ids)
-    named = None if keys is None and ids is None else [*dict.fromkeys([*(keys or []), *found.values()])]
-    selection = selected(queue, named, options, verb)
+    found = queue.keys_of_ids(using, ids) if queue.keys_of_ids and ids else {}
+    if ids:
+        selection = replace(selection, keys=[*dict.fromkeys([*(selection.keys or []), *found.values()])])
     with Clocks().of(using):
         result = change(queue, selection, verb, options["dry_run"])
-    result.missing_ids = [one for one in ids or [] if one not in found]
+    result.missing_ids = [one for one in ids if one not in found]
     if options["json"]:
-        command.stdout.write(json.dumps(as_dict(queue, verb, result, options["dry_run"]), default=str))
+        document = as_dict(queue, verb, result, options["dry_run"]) | {"pks_by_id": found}
+        command.stdout.write(json.dumps(document, default=str))
     else:
         names = {key: one for one, key in found.items()}
         tell(command, queue, verb, result, options["dry_run"], names)
     return 0 if result.is_complete else 1
 
 
-def keys_of(queue: Queue[Any], texts: list[Any] | None) -> list[Any] | None:
-    """Return the primary keys that are named.
-
-    Raises:
-        CommandError: one is none of the queue's model.
-    """
-    try:
-        return texts and [parse_key(queue.model, str(text)) for text in texts]
-    except ValueError as error:
-        raise CommandError(str(error), returncode=WRONG_USAGE) from error
-
-
-def checked_ids(queue: Queue[Any], texts: list[Any] | None) -> list[str] | None:
+def checked_ids(queue: Queue[Any], texts: list[Any] | None) -> list[str]:
     """Return the ids of results that are named.
 
     Raises:
         CommandError: the queue has none.
     """
-    if texts and queue.id_field is None:
+    if texts and queue.keys_of_ids is None:
         raise CommandError(
             f"{queue.name} is no queue of Django tasks, so {texts[0]!r} can be the id of none. Give --pk.",
             returncode=WRONG_USAGE,
         )
-    return texts and list(dict.fromkeys(map(str, texts)))
+    return list(dict.fromkeys(map(str, texts or [])))
 
 
-def keys_of_ids(queue: Queue[Any], ids: list[str] | None) -> dict[str, Any]:
-    """Return the primary keys of tasks of the queue by their ids; those of none are left out."""
-    if not ids or queue.id_field is None:
-        return {}
-    rows = queue.source().queryset.filter(**{f"{queue.id_field}__in": ids})
-    found = dict(rows.values_list(queue.id_field, "pk"))
-    return {one: found[one] for one in ids if one in found}
-
-
-def selected(queue: Queue[Any], keys: list[Any] | None, options: dict[str, Any], verb: Verb) -> Selection:
-    """Return which tasks the options mean.
-
-    Args:
-        keys: of the tasks that are named one by one; None: none is.
+def selected(queue: Queue[Any], options: dict[str, Any], verb: Verb) -> Selection:
+    """Return which tasks the options mean; those that are named by their ids come to it later.
 
     Raises:
         CommandError: they mean nothing, or the whole queue without saying so.
     """
+    try:
+        keys = options["pk"] and [parse_key(queue.model, str(text)) for text in options["pk"]]
+    except ValueError as error:
+        raise CommandError(str(error), returncode=WRONG_USAGE) from error
+    if options["id"] and keys is None:
+        keys = []
     selection = Selection(
-        keys,
+        keys and list(dict.fromkeys(keys)),
         options["state"],
         options["older_than"],
         options["younger_than"],

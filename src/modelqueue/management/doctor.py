@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from django.core.management.base import BaseCommand
@@ -134,13 +135,13 @@ def of_queue(queue: Queue[Any], seen: set[Any]) -> Iterator[Finding]:
         if access.is_quick:
             questions["newest-lease"] = lambda: findings.newest_lease(ask.newest_lease(source), now())
     if table not in seen:
-        if queue.examine is not None:
-            questions["unserved"] = queue.examine
         questions["read-only"] = lambda: findings.read_only(ask.refusal(source))
         questions["autovacuum"] = lambda: findings.vacuum(ask.vacuum(source))
         questions["listen"] = lambda: findings.listen(table._meta.db_table, ask.hears(source))
+    if queue.examine is not None and queue.examine not in seen:
+        questions["unserved"] = partial(queue.examine, source.using)
     yield from answers(questions, ask.impatiently)
-    seen |= {field, table}
+    seen |= {field, table, queue.examine}
 
 
 def answers(

@@ -243,10 +243,9 @@ class _Backend:
         if not isinstance(result_id, str) and apis.is_result(result_id):
             raise TypeError(f"{result_id!r} is a result; give its id, result.id.")
         row = None
-        # No database has halves of a surrogate pair, nor all of them NUL; nor tells MySQL a from A.
-        if isinstance(result_id, str) and len(result_id) <= LONGEST_ID and _is_text(result_id):
+        if is_id(result_id):
             row = self._manager.filter(backend_name=self.alias, result_id=result_id).first()
-        if row is None or row.result_id != result_id:
+        if row is None or row.result_id != result_id:  # MySQL does not tell a from A
             raise self.api.TaskResultDoesNotExist(result_id)
         return row
 
@@ -332,10 +331,13 @@ def _package_of(task: Any) -> str:
     return "another API" if api is None else api.package
 
 
-def _is_text(text: str) -> bool:
+def is_id(text: object) -> bool:
+    """Say whether a result may have this id, so that a database can be asked for it."""
+    if not isinstance(text, str) or len(text) > LONGEST_ID:
+        return False
     try:
-        return b"\x00" not in text.encode()
-    except UnicodeEncodeError:
+        return b"\x00" not in text.encode()  # which PostgreSQL has not
+    except UnicodeEncodeError:  # half of a surrogate pair, which no database has
         return False
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -19,7 +18,7 @@ from modelqueue import findings, verbs
 from modelqueue.findings import Finding
 from modelqueue.queues import Queue, queue, undeclare
 from modelqueue.status import State
-from modelqueue.task_backend.backend import ModelQueueBackend
+from modelqueue.task_backend.backend import ModelQueueBackend, is_id
 from modelqueue.task_backend.execution import (
     ReturnValueError,
     claim_values,
@@ -31,11 +30,9 @@ from modelqueue.task_backend.execution import (
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.options import Options, backends_of_setting
 from modelqueue.task_backend.results import forget_senders
-from modelqueue.task_backend.unserved import Place, Unserved, unserved
+from modelqueue.task_backend.unserved import Place, unserved
 
 __all__ = ["queue_name", "task_queues"]
-
-logger = logging.getLogger("modelqueue")
 
 #: Seconds between two looks for results that are to be deleted.
 _PRUNE_INTERVAL = 60.0
@@ -54,8 +51,6 @@ def queue_name(alias: str, name: str | None) -> str:
 
 #: Those that are declared, as the setting TASKS says just now: each with its backend and its name in QUEUES.
 _queues: dict[Queue[QueuedTask], Place] = {}
-#: The databases of which is told, by the log of this process, what nobody runs there.
-_looked_at: set[str] = set()
 
 
 def task_queues() -> list[Queue[QueuedTask]]:
@@ -71,12 +66,11 @@ def _follow_setting(setting: str, **kwargs: Any) -> None:
         for one in _queues:
             undeclare(one)
         _queues.clear()
-        _looked_at.clear()
         _declare_all()
 
 
 def _declare_all() -> None:
-    """Declare the queues of all backends of ours that the setting TASKS has, or none if it is wrong."""
+    """Declare the queues of all backends of ours that the setting TASKS has, once all of it is read."""
     for alias, name, options in _wanted():
         # One by one, so that those declared before an error are known, and go with the next setting.
         _queues[_declare(alias, name, options)] = alias, name
@@ -154,26 +148,24 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
     )(execute)
     upkeep.queue = declared
     declared.group = alias
-    declared.id_field = "result_id"
-    declared.examine = lambda: _findings(declared.using)
+    declared.keys_of_ids = _keys_of_ids
+    declared.examine = _examine
     return declared
 
 
-def _unserved(using: str) -> Iterator[Unserved]:
-    """Yield the tasks in a database that are in none of the queues."""
-    return unserved(using, {place for queue, place in _queues.items() if queue.using == using})
+def _examine(using: str) -> Iterator[Finding]:
+    """Yield what is wrong with a database: tasks that are in none of the queues."""
+    served = {place for queue, place in _queues.items() if queue.using == using}
+    return (findings.unserved(str(one), one.rows) for one in unserved(using, served))
 
 
-def _findings(using: str) -> Iterator[Finding]:
-    return (findings.unserved(str(one), one.rows) for one in _unserved(using))
-
-
-def _warn_of_unserved(using: str) -> None:
-    """Log of them, once."""
-    if using not in _looked_at:
-        for finding in _findings(using):
-            logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
-        _looked_at.add(using)
+def _keys_of_ids(using: str, ids: Iterable[str]) -> dict[str, Any]:
+    """Return the primary keys of tasks by the ids of their results; those of none are left out."""
+    possible = [one for one in ids if is_id(one)]
+    found = dict(
+        QueuedTask.objects.using(using).filter(result_id__in=possible).values_list("result_id", "pk")
+    )
+    return {one: found[one] for one in possible if one in found}
 
 
 class _Upkeep:
@@ -186,7 +178,6 @@ class _Upkeep:
 
     def keep(self) -> None:
         promote(self.queue)
-        _warn_of_unserved(self.queue.using)
         if self._ttl is not None and time.monotonic() >= self._prune_at:
             # What is left by then goes on after the next promotion.
             is_done = self._prune(self._ttl, time.monotonic() + _PRUNE_SECONDS)

@@ -1,12 +1,14 @@
-"""Tasks that nobody runs, as the setting TASKS has their backend or their queue no more."""
+"""Tasks that nobody runs, as no queue of the setting TASKS has them any more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
-from django.db import connections
+from django.db.models import Q
 
 from modelqueue.report import CAP, Count
 from modelqueue.status import END_OF_LIVE, FIRST_LIVE
@@ -16,61 +18,74 @@ __all__ = ["Place", "Unserved", "unserved"]
 
 #: A backend and one of its queues; None: all that it may have.
 Place = tuple[str, "str | None"]
+#: How many queues that are not served are looked at: there may be one for each user, all of them done.
+_MOST = 100
 
 
 @dataclass(frozen=True)
 class Unserved:
-    """Tasks that wait, or whose worker is dead, in a queue that no worker serves."""
+    """Tasks to run, waiting or working, that are in no queue which is served."""
 
+    using: str
     backend: str
     queue: str
     number: Count
 
-    def __str__(self) -> str:
-        count = f"{self.number} task{'' if self.number.number == 1 else 's'}"
-        return f"{count} of TASKS[{self.backend!r}] in the queue {self.queue!r}"
-
     @property
     def rows(self) -> str:
-        """The expression of its rows, finished ones included."""
-        return f"QueuedTask.objects.filter(backend_name={self.backend!r}, queue_name={self.queue!r})"
+        """The expression of them."""
+        return (
+            f"QueuedTask.objects.using({self.using!r}).filter(backend_name={self.backend!r}, "
+            f"queue_name={self.queue!r}, status__state__in=['waiting', 'working'])"
+        )
+
+    def __str__(self) -> str:
+        is_one = str(self.number) == "1"
+        return (
+            f"{self.number} task{' is' if is_one else 's are'} in no queue that the setting TASKS has in the "
+            f"database {self.using!r}: of the backend {self.backend!r}, in its queue {self.queue!r}"
+        )
 
 
 def unserved(using: str, served: set[Place]) -> Iterator[Unserved]:
-    """Yield the queues with tasks to run that are none of those served.
+    """Yield the queues with tasks to run that are none of those served, the first of them by name.
 
-    Reads a row of each queue and those that it counts, however large the table is.
+    Reads one row of each queue, and those that it counts, however large the table is.
     """
-    # MySQL and MariaDB do not tell a from A: a queue of either name serves the rows of both.
-    is_blind = connections[using].vendor == "mysql"
-    known = {tuple(_folded(name, is_blind) for name in place) for place in served}
-    for backend, queue in _places(using):
-        ours = _folded(backend, is_blind)
-        if (ours, None) not in known and (ours, _folded(queue, is_blind)) not in known:
-            number = _number(using, backend, queue)
-            if number.number:
-                yield Unserved(backend, queue, number)
+    rows, looked_at = QueuedTask.objects.using(using), 0
+    place = _place_after(rows, None)
+    while place is not None and looked_at < _MOST:
+        backend, queue, pk = place
+        if (backend, None) in served:
+            place = _place_after(rows, backend)
+            continue
+        # The database says which names are one: MySQL and MariaDB do not tell a from A, nor from á.
+        if (backend, queue) not in served and not rows.filter(_of(served), pk=pk).exists():
+            looked_at += 1
+            if (number := _number(rows, backend, queue)).number:
+                yield Unserved(using, backend, queue, number)
+        place = _place_after(rows, backend, queue)
 
 
-def _folded(name: str | None, is_blind: bool) -> str | None:
-    return name.casefold() if is_blind and name is not None else name
+def _place_after(rows: Any, backend: str | None, queue: str | None = None) -> tuple[str, str, int] | None:
+    """Return the next backend and queue that has rows, and the key of one: a step in the index."""
+    names = rows.order_by("backend_name", "queue_name").values_list("backend_name", "queue_name", "pk")
+    found: tuple[str, str, int] | None = None
+    if queue is not None:
+        found = names.filter(backend_name=backend, queue_name__gt=queue).first()
+    if found is None:  # a step of its own, as a condition with OR would be a scan
+        found = (names if backend is None else names.filter(backend_name__gt=backend)).first()
+    return found
 
 
-def _places(using: str) -> Iterator[tuple[str, str]]:
-    """Yield each backend and queue that has rows, from one to the next in the index."""
-    rows: Any = QueuedTask.objects.using(using).order_by("backend_name", "queue_name")
-    names = rows.values_list("backend_name", "queue_name")
-    place = names.first()
-    while place is not None:
-        yield place
-        backend, queue = place
-        # Two steps, as a condition with OR would be a scan.
-        place = names.filter(backend_name=backend, queue_name__gt=queue).first()
-        place = place or names.filter(backend_name__gt=backend).first()
+def _of(served: set[Place]) -> Q:
+    conditions = [
+        Q(backend_name=backend) if queue is None else Q(backend_name=backend, queue_name=queue)
+        for backend, queue in served
+    ]
+    return reduce(or_, conditions, Q(pk__in=[]))
 
 
-def _number(using: str, backend: str, queue: str) -> Count:
-    rows = QueuedTask.objects.using(using).filter(
-        backend_name=backend, queue_name=queue, status__gte=FIRST_LIVE, status__lt=END_OF_LIVE
-    )
-    return Count.of(rows.order_by("status").values("status")[: CAP + 1].count(), CAP)
+def _number(rows: Any, backend: str, queue: str) -> Count:
+    live = rows.filter(backend_name=backend, queue_name=queue, status__gte=FIRST_LIVE, status__lt=END_OF_LIVE)
+    return Count.of(live.order_by("status").values("status")[: CAP + 1].count(), CAP)

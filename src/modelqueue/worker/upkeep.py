@@ -49,10 +49,14 @@ class Upkeep:
 
     def _work(self) -> None:
         try:
+            is_first = True
             while not self._is_stopped.is_set():
                 for queue in self._queues:
                     if not self._is_stopped.is_set():
                         self._keep(queue)
+                if is_first:
+                    self._examine()
+                is_first = False
                 self._is_stopped.wait(_INTERVAL)
         finally:
             connections.close_all()
@@ -68,6 +72,20 @@ class Upkeep:
             if queue.name in self._failing:
                 self._failing.remove(queue.name)
                 logger.warning("%s: its upkeep works again.", queue.name)
+        _close_broken_connections()
+
+    def _examine(self) -> None:
+        """Warn of what is wrong with the queues, once; the doctor can be asked again."""
+        seen = set[Any]()
+        for queue in self._queues:
+            try:
+                place = queue.examine, queue.using
+                for finding in queue.examine(queue.using) if queue.examine and place not in seen else ():
+                    logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
+            except Exception as error:
+                logger.warning("%s: can not be examined: %s", queue.name, error)
+            else:
+                seen.add(place)
         _close_broken_connections()
 
 
