@@ -7,9 +7,10 @@ import pytest
 from django.core.management import call_command
 
 import modelqueue
-from modelqueue import Status, testing, verbs
+from modelqueue import State, Status, testing, verbs
 from modelqueue.task_backend import queues
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.verbs import Pruned
 from tests.actions import LONG_AGO
 from tests.task_backend.backends import BACKEND, api, backend, queue_of, run_all, setting, tasks
 
@@ -94,6 +95,24 @@ def test_many_old_results_are_deleted_a_part_at_a_time_so_that_deferred_tasks_do
         queue.keep_up()
         counts.append(QueuedTask.objects.count())
     assert counts == [600, 100, 0, 0, 0]
+
+
+def test_many_old_results_that_may_not_be_deleted_are_not_in_the_way_of_others(settings, monkeypatch):
+    """Other tables protect all that have succeeded: to find that takes all the time there is."""
+
+    def find_them_protected(rows, field, ttl, state):
+        yield from [Pruned(0, 500)] * 3 if state == State.finished else prune(rows, field, ttl, state)
+
+    prune = verbs.prune
+    monkeypatch.setattr(verbs, "prune", find_them_protected)
+    settings.TASKS = setting(result_ttl=0)
+    monkeypatch.setattr(queues, "_PRUNE_SECONDS", 0.0)
+    monkeypatch.setattr(queues, "_PRUNE_INTERVAL", 0.0)
+    ids, queue = enqueue_all(), queue_of()
+    with testing.travel(DAY):
+        for _ in range(2):
+            queue.keep_up()
+    assert left(ids) == {*ids} - {"FAILED", "canceled"}
 
 
 def test_each_backend_has_a_time_of_its_own(settings):

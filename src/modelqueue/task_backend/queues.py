@@ -175,6 +175,7 @@ class _Upkeep:
         self.queue: Queue[QueuedTask]
         self._ttl = options.result_ttl
         self._prune_at = 0.0
+        self._states = [State.finished, State.canceled]
 
     def keep(self) -> None:
         promote(self.queue)
@@ -187,11 +188,13 @@ class _Upkeep:
 
     def _prune(self, ttl: dt.timedelta, deadline: float) -> bool:
         deleted = 0
-        for state in (State.finished, State.canceled):
+        for state in tuple(self._states):
             for page in verbs.prune(self.queue.prunable(), "status", ttl, state):
                 deleted += page.deleted
                 if time.monotonic() >= deadline:
-                    return not deleted  # where other tables protect them all, each second is too often
+                    # Many that other tables protect are in nobody's way, nor looked at each second.
+                    self._states.reverse()
+                    return not deleted
         return True
 
 
