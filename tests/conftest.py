@@ -17,10 +17,9 @@ import modelqueue
 from modelqueue import Status, clock, execution, queues
 from modelqueue.engines import prepared
 from modelqueue.fields import declared_on
+from tests import disks
 from tests.processes import Processes
 from tests.worker.workers import Workers
-
-IN_MEMORY = Path("/dev/shm")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,10 +42,9 @@ def pytest_make_parametrize_id(val):
 def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix):
     """SQLite in files: other threads and other processes have to see the same database.
 
-    In memory where the system has a folder for that: no test cuts the power, and each commit would wait for
-    the disk, as on the servers.
+    In memory where the system has a folder for that, as each commit would wait for the disk.
     """
-    with TemporaryDirectory(prefix="modelqueue-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as folder:
+    with TemporaryDirectory(prefix="modelqueue-", dir=disks.in_memory(100)) as folder:
         for alias, database in settings.DATABASES.items():
             if database["ENGINE"].endswith("sqlite3"):
                 database.setdefault("TEST", {})["NAME"] = str(Path(folder) / f"{alias}.sqlite3")

@@ -32,6 +32,9 @@ SQLITE = {"ENGINE": "django.db.backends.sqlite3"}
 POSTGRESQL = {"ENGINE": "django.db.backends.postgresql", "USER": "postgres"}
 MARIADB = {"ENGINE": "django.db.backends.mysql", "USER": "root"}
 
+#: MiB: several times as many as the whole suite fills, 300 of MariaDB.
+_ROOM = 2000
+
 POSTGRESQL_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
 # What the documentation recommends. Older Django can not be told how a transaction begins.
@@ -111,7 +114,8 @@ def start_server(
     Args:
         room: MiB of a disk of its own for the database `modelqueue`, see `tests.disks`; 0: it has none.
     """
-    with tempfile.TemporaryDirectory(prefix="modelqueue-", ignore_cleanup_errors=True) as temporary:
+    where = None if durable or keep or room else disks.in_memory(_ROOM)
+    with tempfile.TemporaryDirectory("", "modelqueue-", where, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
         if name == "postgres":
             server = _postgresql(folder, _packaged_postgresql(folder), durable, keep, connections, room)
