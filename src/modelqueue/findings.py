@@ -37,6 +37,7 @@ __all__ = [
     "leases",
     "listen",
     "newest_lease",
+    "not_all_served",
     "one_writer",
     "pins",
     "pooler",
@@ -212,6 +213,17 @@ def unserved(tasks: str, rows: str) -> Finding:
         "No worker with this setting runs them, nor takes them back where a worker has died.",
         "Let TASKS have that backend, queue and database again until they have run; or let another queue of "
         f"this database have them: {rows}.update(backend_name=..., queue_name=...)",
+    )
+
+
+def not_all_served(why: str) -> Finding:
+    """Return what is wrong where there are too many queues to look at each."""
+    return Finding(
+        "unserved",
+        Severity.info,
+        f"Not all queues of Django tasks were looked at: {why}.",
+        "Others may have tasks that nobody runs.",
+        "Delete old results, by result_ttl or manage.py modelqueue prune: fewer queues have rows then.",
     )
 
 

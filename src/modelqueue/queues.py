@@ -115,8 +115,9 @@ class Queue(Generic[M]):
         self.group: object = None
         #: Gives the keys of tasks in a database by other ids, if they have such; those of none are left out.
         self.keys_of_ids: Callable[[str, Iterable[str]], dict[str, Any]] | None = None
-        #: Gives findings of ``manage.py modelqueue doctor`` that are of such queues alone, by the database.
-        self.examine: Callable[[str], Iterator[Any]] | None = None
+        #: Gives findings of ``manage.py modelqueue doctor`` that are of such queues alone, by the database,
+        #: within about so many seconds.
+        self.examine: Callable[[str, float], Iterator[Any]] | None = None
         source = Source.of(self.rows(), field, self.error_field)
         if not isinstance(source.field, StatusField):
             raise TypeError(

@@ -191,6 +191,8 @@ def test_what_is_named_by_id_is_told_by_id():
     assert (document["missing_pks"], document["missing_ids"]) == ([0], ["none"])
     assert document["left"] == [{"pk": row_of(done).pk, "state": "finished"}]
     assert document["pks_by_id"] == {done.id: row_of(done).pk}
+    document = json.loads(call("cancel", "default", "--json", "--id", elsewhere.id)[1])
+    assert (document["missing_pks"], document["missing_ids"]) == ([], [elsewhere.id])
 
 
 def test_id_that_no_task_has_means_none_and_not_all():

@@ -256,7 +256,7 @@ def test_argument_that_is_nested_more_deeply_than_mariadb_takes_is_refused_there
     ENQUEUE[enqueue_one](nested(29))
     with transaction.atomic():
         if vendor == "mysql":
-            with pytest.raises(ValueError, match="nested 32 levels deep, and MariaDB takes 31"):
+            with pytest.raises(ValueError, match="nested 32 levels deep, and the database takes 31"):
                 ENQUEUE[enqueue_one](nested(30))
         else:
             ENQUEUE[enqueue_one](nested(30))

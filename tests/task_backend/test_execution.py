@@ -2,13 +2,16 @@
 
 import importlib
 import sys
+from threading import Thread
 
 import pytest
+from django.db import OperationalError, connections
 
 from modelqueue import State
 from modelqueue.task_backend import results
+from modelqueue.task_backend.execution import execute
 from modelqueue.task_backend.models import QueuedTask
-from tests.task_backend.backends import States, backend, refreshed, row_of, run_all, run_one, tasks
+from tests.task_backend.backends import States, backend, queue_of, refreshed, row_of, run_all, run_one, tasks
 from tests.testapp.models import Ledger
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -78,13 +81,28 @@ def test_value_that_json_has_not_is_a_failure(kind):
     assert row_of(result).return_value is None
 
 
+def test_thread_without_a_connection_opens_none_for_a_return_value(monkeypatch):
+    """Else a success would be a failure while the server is full."""
+
+    def refuse(*arguments):
+        raise OperationalError("Too many connections")
+
+    tasks.give.enqueue("nested")
+    (row,) = queue_of().claim()
+    monkeypatch.setattr(type(connections["default"]), "get_new_connection", refuse)
+    thread = Thread(target=execute, args=[row])
+    thread.start()
+    thread.join()
+    assert row.return_value["list"] == [1, [2, {"three": 3}]]
+
+
 @pytest.mark.parametrize("levels", [31, 32])
 def test_value_that_is_nested_more_deeply_than_mariadb_takes_is_a_failure_there(levels, vendor):
     result = tasks.nest.enqueue(levels)
     run_all()
     if vendor == "mysql" and levels > 31:
         assert refreshed(result).status == States.FAILED
-        assert "nested 32 levels deep, and MariaDB takes 31" in result.errors[0].traceback
+        assert "nested 32 levels deep, and the database takes 31" in result.errors[0].traceback
     else:
         assert refreshed(result).status == States.SUCCESSFUL
 

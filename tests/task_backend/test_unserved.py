@@ -11,8 +11,10 @@ from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
 from modelqueue import Status
+from modelqueue.management import doctor
 from modelqueue.task_backend import unserved
 from modelqueue.task_backend.models import QueuedTask
+from modelqueue.worker import upkeep as upkeep_module
 from modelqueue.worker.upkeep import Upkeep
 from tests.processes import wait_until
 from tests.task_backend.backends import BACKEND, TASKS, queue_of, row_of, run_all, tasks
@@ -122,7 +124,7 @@ def test_look_takes_as_many_queries_however_many_tasks_there_are(rows, settings)
         leave_behind(settings)
         settings.TASKS = TASKS
     with CaptureQueriesContext(connection) as queries:
-        assert len(list(unserved.unserved("default", {("default", "mail")}))) == 2
+        assert len(list(unserved.unserved("default", {("default", "mail")}, 60))) == 2
     assert len(queries) == 10
 
 
@@ -132,18 +134,16 @@ def test_look_passes_over_all_names_of_a_backend_that_takes_any(names):
     for number in range(names):
         tasks.add.using(queue_name=f"of user {number}").enqueue(1)
     with CaptureQueriesContext(connection) as queries:
-        assert list(unserved.unserved("default", {("default", None)})) == []
+        assert list(unserved.unserved("default", {("default", None)}, 60)) == []
     assert len(queries) == 2
 
 
-def test_look_ends_after_some_queues_that_have_nothing_to_run(monkeypatch):
-    monkeypatch.setattr(unserved, "_MOST", 3)
-    for number in range(5):
-        tasks.add.using(queue_name=f"{number}").enqueue(1)
-    with CaptureQueriesContext(connection) as queries:
-        left = list(unserved.unserved("default", set()))
-    assert [one.queue for one in left] == ["0", "1", "2"]
-    assert len(queries) == 7
+def test_doctor_says_that_it_could_not_look_at_all_queues(settings, monkeypatch):
+    leave_behind(settings)
+    monkeypatch.setattr(doctor, "EXAMINE_SECONDS", -1.0)
+    (one,) = found()
+    assert (one["severity"], one["cost"]) == ("info", "Others may have tasks that nobody runs.")
+    assert "-1 s were enough up to the queue 'mail' of TASKS['default'] only." in one["finding"]
 
 
 def test_doctor_asks_also_where_another_queue_has_the_table(declare, settings):
@@ -179,19 +179,38 @@ def upkeep():
 
 
 def test_look_that_fails_is_told_once_and_holds_up_nothing(settings, upkeep, caplog, monkeypatch):
-    def fail(using):
+    def fail(*arguments):
+        looks.append(1)
         raise OperationalError("canceling statement due to statement timeout")
 
     leave_behind(settings)
-    rounds = []
+    rounds, looks = [], []
     with caplog.at_level(logging.WARNING, "modelqueue"):
         for name in ("default", "mail"):
             monkeypatch.setattr(queue_of(name), "upkeep", lambda name=name: rounds.append(name))
-        monkeypatch.setattr(queue_of("default"), "examine", fail)
+            monkeypatch.setattr(queue_of(name), "examine", fail)
         upkeep(queue_of("default"), queue_of("mail"))
+        wait_until(lambda: len(rounds) >= 6)
+    assert len(looks) == caplog.text.count("default: can not be examined: canceling statement") == 1
+
+
+def test_look_that_has_failed_is_made_again_after_a_while(settings, upkeep, caplog, monkeypatch):
+    def fail_at_first(*arguments):
+        looks.append(1)
+        if len(looks) == 1:
+            raise OperationalError("the database is starting up")
+        return examine(*arguments)
+
+    leave_behind(settings)
+    looks, rounds, examine = [], [], queue_of("mail").examine
+    monkeypatch.setattr(upkeep_module, "_EXAMINE_INTERVAL", 0.0)
+    with caplog.at_level(logging.WARNING, "modelqueue"):
+        monkeypatch.setattr(queue_of("mail"), "upkeep", lambda: rounds.append(1))
+        monkeypatch.setattr(queue_of("mail"), "examine", fail_at_first)
+        upkeep(queue_of("mail"))
         wait_until(lambda: len(rounds) >= 4)
-    assert caplog.text.count("default: can not be examined: canceling statement") == 1
-    assert caplog.text.count("Ask manage.py modelqueue doctor.") == 2  # by the other queue
+    assert len(looks) == 2
+    assert caplog.text.count("Ask manage.py modelqueue doctor.") == 2
 
 
 def test_two_queues_tell_of_them_once(settings, upkeep, caplog, monkeypatch):

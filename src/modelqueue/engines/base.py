@@ -650,7 +650,7 @@ class Engine(Session):
         return dt.timedelta()
 
     def deepest_json(self) -> int | None:
-        """Return how many levels of lists and dictionaries a JSON field takes, where they are few."""
+        """Return how many levels of lists and dictionaries a JSON field takes; None: many, or not known."""
         return None
 
     def take_write_lock(self, field: models.Field[Any, Any]) -> None:

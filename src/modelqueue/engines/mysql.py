@@ -76,8 +76,11 @@ class MySQLEngine(Engine):
         return True
 
     def deepest_json(self) -> int | None:
-        # By json_valid() of MariaDB 10.11, by which Django checks its fields; MySQL takes 100.
-        return 31 if self.connection.mysql_is_mariadb else None
+        # By json_valid() of MariaDB 10.11, by which Django checks its fields, and by the manual of MySQL.
+        try:
+            return 31 if self.connection.mysql_is_mariadb else 100
+        except Error:  # a connection that has not been used yet asks the server
+            return None
 
     def transaction(self) -> transaction.Atomic:
         # Under REPEATABLE READ a locking read takes gap locks, which block inserts of waiting rows

@@ -83,12 +83,14 @@ def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
         selection = replace(selection, keys=[*dict.fromkeys([*(selection.keys or []), *found.values()])])
     with Clocks().of(using):
         result = change(queue, selection, verb, options["dry_run"])
-    result.missing_ids = [one for one in ids if one not in found]
+    names = {key: one for one, key in found.items()}
+    gone = {key for key in result.missing if key in names}  # that of another queue's task, for example
+    result.missing = [key for key in result.missing if key not in gone]
+    result.missing_ids = [one for one in ids if found.get(one) in {None, *gone}]
     if options["json"]:
         document = as_dict(queue, verb, result, options["dry_run"]) | {"pks_by_id": found}
         command.stdout.write(json.dumps(document, default=str))
     else:
-        names = {key: one for one, key in found.items()}
         tell(command, queue, verb, result, options["dry_run"], names)
     return 0 if result.is_complete else 1
 

@@ -25,6 +25,8 @@ from modelqueue.management.words import DATABASE_HINT, counted, hint
 from modelqueue.queues import Queue
 from modelqueue.report import in_a_line
 
+#: For what queues of one kind examine by themselves.
+EXAMINE_SECONDS = 10.0
 #: By the name of a check, each with what asks and judges.
 Questions = dict[str, Callable[[], Iterator[Finding]]]
 
@@ -139,7 +141,7 @@ def of_queue(queue: Queue[Any], seen: set[Any]) -> Iterator[Finding]:
         questions["autovacuum"] = lambda: findings.vacuum(ask.vacuum(source))
         questions["listen"] = lambda: findings.listen(table._meta.db_table, ask.hears(source))
     if queue.examine is not None and queue.examine not in seen:
-        questions["unserved"] = partial(queue.examine, source.using)
+        questions["unserved"] = partial(queue.examine, source.using, EXAMINE_SECONDS)
     yield from answers(questions, ask.impatiently)
     seen |= {field, table, queue.examine}
 

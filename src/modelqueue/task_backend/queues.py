@@ -153,10 +153,14 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
     return declared
 
 
-def _examine(using: str) -> Iterator[Finding]:
+def _examine(using: str, seconds: float) -> Iterator[Finding]:
     """Yield what is wrong with a database: tasks that are in none of the queues."""
     served = {place for queue, place in _queues.items() if queue.using == using}
-    return (findings.unserved(str(one), one.rows) for one in unserved(using, served))
+    try:
+        for one in unserved(using, served, seconds):
+            yield findings.unserved(str(one), one.rows)
+    except TimeoutError as error:
+        yield findings.not_all_served(str(error))
 
 
 def _keys_of_ids(using: str, ids: Iterable[str]) -> dict[str, Any]:
@@ -192,7 +196,8 @@ class _Upkeep:
             for page in verbs.prune(self.queue.prunable(), "status", ttl, state):
                 deleted += page.deleted
                 if time.monotonic() >= deadline:
-                    # Many that other tables protect are in nobody's way, nor looked at each second.
+                    # Many of one state that other tables protect are not in the way of the other, nor are
+                    # they looked at each second. (They are in the way of those after them.)
                     self._states.reverse()
                     return not deleted
         return True

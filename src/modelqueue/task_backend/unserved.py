@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -18,8 +19,6 @@ __all__ = ["Place", "Unserved", "unserved"]
 
 #: A backend and one of its queues; None: all that it may have.
 Place = tuple[str, "str | None"]
-#: How many queues that are not served are looked at: there may be one for each user, all of them done.
-_MOST = 100
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,30 @@ class Unserved:
         )
 
 
-def unserved(using: str, served: set[Place]) -> Iterator[Unserved]:
-    """Yield the queues with tasks to run that are none of those served, the first of them by name.
+def unserved(using: str, served: set[Place], seconds: float) -> Iterator[Unserved]:
+    """Yield the queues with tasks to run that are none of those served, by name.
 
-    Reads one row of each queue, and those that it counts, however large the table is.
+    Reads one row of each queue, and those that it counts, however large the table is. Where there is a queue
+    for each user, say, that takes its time all the same.
+
+    Raises:
+        TimeoutError: it would take more seconds.
     """
-    rows, looked_at = QueuedTask.objects.using(using), 0
+    rows, deadline = QueuedTask.objects.using(using), time.monotonic() + seconds
     place = _place_after(rows, None)
-    while place is not None and looked_at < _MOST:
+    while place is not None:
         backend, queue, pk = place
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{seconds:g} s were enough up to the queue {queue!r} of TASKS[{backend!r}] only"
+            )
         if (backend, None) in served:
             place = _place_after(rows, backend)
             continue
         # The database says which names are one: MySQL and MariaDB do not tell a from A, nor from á.
-        if (backend, queue) not in served and not rows.filter(_of(served), pk=pk).exists():
-            looked_at += 1
-            if (number := _number(rows, backend, queue)).number:
-                yield Unserved(using, backend, queue, number)
+        is_served = (backend, queue) in served or rows.filter(_of(served), pk=pk).exists()
+        if not is_served and (number := _number(rows, backend, queue)).number:
+            yield Unserved(using, backend, queue, number)
         place = _place_after(rows, backend, queue)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,8 @@ logger = logging.getLogger("modelqueue")
 
 #: Seconds between two rounds.
 _INTERVAL = 1.0
+#: Seconds that a look for what is wrong may take, and after which it is tried again if it has failed.
+_EXAMINE_SECONDS, _EXAMINE_INTERVAL = 1.0, 60.0
 
 
 class Upkeep:
@@ -30,6 +33,8 @@ class Upkeep:
         self._queues = [queue for queue in queues if queue.upkeep is not None]
         #: Those whose last call has failed, which was told already.
         self._failing: set[str] = set()
+        self._to_examine = self._queues
+        self._examine_at = 0.0
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="modelqueue-upkeep", daemon=True)
 
@@ -49,14 +54,11 @@ class Upkeep:
 
     def _work(self) -> None:
         try:
-            is_first = True
             while not self._is_stopped.is_set():
                 for queue in self._queues:
                     if not self._is_stopped.is_set():
                         self._keep(queue)
-                if is_first:
-                    self._examine()
-                is_first = False
+                self._examine()
                 self._is_stopped.wait(_INTERVAL)
         finally:
             connections.close_all()
@@ -75,17 +77,22 @@ class Upkeep:
         _close_broken_connections()
 
     def _examine(self) -> None:
-        """Warn of what is wrong with the queues, once; the doctor can be asked again."""
-        seen = set[Any]()
-        for queue in self._queues:
+        """Warn of what is wrong with the queues, once; where that fails, once more in a while."""
+        if not self._to_examine or time.monotonic() < self._examine_at:
+            return
+        seen, failed = set[Any](), []
+        for queue in self._to_examine:
             try:
-                place = queue.examine, queue.using
-                for finding in queue.examine(queue.using) if queue.examine and place not in seen else ():
-                    logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
+                place = queue.examine, queue.using  # which several queues may have in common
+                if queue.examine and place not in seen and not self._is_stopped.is_set():
+                    seen.add(place)
+                    for finding in queue.examine(queue.using, _EXAMINE_SECONDS):
+                        logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
             except Exception as error:
                 logger.warning("%s: can not be examined: %s", queue.name, error)
-            else:
-                seen.add(place)
+                failed.append(queue)
+        self._to_examine = failed
+        self._examine_at = time.monotonic() + _EXAMINE_INTERVAL
         _close_broken_connections()
 
 
