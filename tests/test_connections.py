@@ -1025,11 +1025,15 @@ SHORT_WAIT = {
 }
 
 
-@pytest.mark.parametrize("change", [False, True], ids=["status only", "changes"])
-def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_session, vendor, monkeypatch):
-    """Who is in the way is not the fault of the task. It is taken back when its lease runs out."""
-    monkeypatch.setattr(sessions.Session, "patience", 0.2)
-    paper = Paper.objects.create()
+@pytest.fixture(params=[False, True], ids=["status only", "changes"])
+def change(request):
+    """Whether an action changes more than the status."""
+    return request.param
+
+
+@pytest.fixture
+def act(change, other_session, vendor):
+    """An action whose row another session locks until it rolls back; nobody waits for that for long."""
 
     def act(paper):
         if change:
@@ -1040,6 +1044,16 @@ def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_
         with other_session.cursor() as cursor:
             cursor.execute("UPDATE testapp_paper SET pages = 5")
 
+    yield act
+    other_session.rollback()
+    other_session.set_autocommit(True)
+    connection.close()
+
+
+def test_success_that_can_not_be_written_for_a_lock_is_no_failure(act, other_session, monkeypatch):
+    """Who is in the way is not the fault of the task. It is taken back when its lease runs out."""
+    monkeypatch.setattr(sessions.Session, "patience", 0.2)
+    paper = Paper.objects.create()
     without_changes = Attempt.without_changes
 
     def free_and_fail(*arguments):
@@ -1047,31 +1061,17 @@ def test_success_that_can_not_be_written_for_a_lock_is_no_failure(change, other_
         return without_changes(*arguments)
 
     monkeypatch.setattr(Attempt, "without_changes", free_and_fail)
-    try:
-        with heard() as events, pytest.raises(OperationalError):
-            run(Paper.objects, "status", act, retry=0)
-    finally:
-        other_session.rollback()
-        other_session.set_autocommit(True)
-        connection.close()
+    with heard() as events, pytest.raises(OperationalError):
+        run(Paper.objects, "status", act, retry=0)
+    other_session.rollback()
     assert (stored(paper).state, row(paper).title) == (State.working, "")
     assert [name for name, _ in events] == ["task_claimed"]
 
 
-@pytest.mark.parametrize("change", [False, True], ids=["status only", "changes"])
-def test_one_long_wait_for_a_lock_is_not_the_last_try(change, other_session, vendor, monkeypatch):
+def test_one_long_wait_for_a_lock_is_not_the_last_try(change, act, other_session, monkeypatch):
     """MySQL and MariaDB let a statement wait for 50 s: all patience is gone then, and the lock free."""
     monkeypatch.setattr(sessions.Session, "patience", 0.01)
     paper, waits = Paper.objects.create(), []
-
-    def act(paper):
-        if change:
-            paper.title = "changed"
-        with connection.cursor() as cursor:
-            cursor.execute(SHORT_WAIT[vendor])
-        other_session.set_autocommit(False)
-        with other_session.cursor() as cursor:
-            cursor.execute("UPDATE testapp_paper SET pages = 5")
 
     def free_when_it_was_too_long(engine, error):
         waits.append(str(error))
@@ -1080,12 +1080,7 @@ def test_one_long_wait_for_a_lock_is_not_the_last_try(change, other_session, ven
 
     is_try_again = engine_class().is_try_again
     monkeypatch.setattr(engine_class(), "is_try_again", free_when_it_was_too_long)
-    try:
-        run(Paper.objects, "status", act)
-    finally:
-        other_session.rollback()
-        other_session.set_autocommit(True)
-        connection.close()
+    run(Paper.objects, "status", act)
     assert (stored(paper).state, row(paper).title) == (State.finished, "changed" * change)
     assert len(waits) == 1
 

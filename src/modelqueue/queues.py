@@ -113,8 +113,8 @@ class Queue(Generic[M]):
         self.error_field: str | None = options["error_field"]
         #: Queues on one field whose groups differ have no row in common, now or later.
         self.group: object = None
-        #: Gives the keys of tasks in a database by other ids, if they have such; those of none are left out.
-        self.keys_of_ids: Callable[[str, Iterable[str]], dict[str, Any]] | None = None
+        #: Gives the keys of its tasks by other ids, if they have such; those of none are left out.
+        self.keys_of_ids: Callable[[Iterable[str]], dict[str, Any]] | None = None
         #: Gives findings of ``manage.py modelqueue doctor`` that are of such queues alone, by the database,
         #: within about so many seconds.
         self.examine: Callable[[str, float], Iterator[Any]] | None = None

@@ -78,19 +78,17 @@ def handle(command: BaseCommand, options: dict[str, Any], verb: Verb) -> int:
     (queue,) = chosen_queues([options["queue"]])
     selection, ids = selected(queue, options, verb), checked_ids(queue, options["id"])
     using = checked_using(queue)
-    found = queue.keys_of_ids(using, ids) if queue.keys_of_ids and ids else {}
+    found = queue.keys_of_ids(ids) if queue.keys_of_ids and ids else {}
     if ids:
         selection = replace(selection, keys=[*dict.fromkeys([*(selection.keys or []), *found.values()])])
     with Clocks().of(using):
         result = change(queue, selection, verb, options["dry_run"])
-    names = {key: one for one, key in found.items()}
-    gone = {key for key in result.missing if key in names}  # that of another queue's task, for example
-    result.missing = [key for key in result.missing if key not in gone]
-    result.missing_ids = [one for one in ids if found.get(one) in {None, *gone}]
+    result.missing_ids = [one for one in ids if one not in found]
     if options["json"]:
         document = as_dict(queue, verb, result, options["dry_run"]) | {"pks_by_id": found}
         command.stdout.write(json.dumps(document, default=str))
     else:
+        names = {key: one for one, key in found.items()}
         tell(command, queue, verb, result, options["dry_run"], names)
     return 0 if result.is_complete else 1
 

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -148,7 +149,7 @@ def _declare(alias: str, name: str | None, options: Options) -> Queue[QueuedTask
     )(execute)
     upkeep.queue = declared
     declared.group = alias
-    declared.keys_of_ids = _keys_of_ids
+    declared.keys_of_ids = partial(_keys_of_ids, declared)
     declared.examine = _examine
     return declared
 
@@ -163,13 +164,12 @@ def _examine(using: str, seconds: float) -> Iterator[Finding]:
         yield findings.not_all_served(str(error))
 
 
-def _keys_of_ids(using: str, ids: Iterable[str]) -> dict[str, Any]:
-    """Return the primary keys of tasks by the ids of their results; those of none are left out."""
+def _keys_of_ids(queue: Queue[QueuedTask], ids: Iterable[str]) -> dict[str, Any]:
+    """Return the primary keys of its tasks by the ids of their results; those of none are left out."""
     possible = [one for one in ids if is_id(one)]
-    found = dict(
-        QueuedTask.objects.using(using).filter(result_id__in=possible).values_list("result_id", "pk")
-    )
-    return {one: found[one] for one in possible if one in found}
+    rows = queue.source().queryset.filter(result_id__in=possible)
+    found = dict(rows.values_list("result_id", "pk"))
+    return {one: found[one] for one in possible if one in found}  # MySQL does not tell a from A
 
 
 class _Upkeep:
