@@ -223,7 +223,7 @@ def not_all_served(why: str) -> Finding:
         Severity.info,
         f"Not all queues of Django tasks were looked at: {why}.",
         "Others may have tasks that nobody runs.",
-        "Delete old results, by result_ttl or manage.py modelqueue prune: fewer queues have rows then.",
+        "Give the backend that they are of QUEUES=[]: it serves, and prunes, queues of any name.",
     )
 
 

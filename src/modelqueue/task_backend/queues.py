@@ -31,7 +31,7 @@ from modelqueue.task_backend.execution import (
 from modelqueue.task_backend.models import QueuedTask
 from modelqueue.task_backend.options import Options, backends_of_setting
 from modelqueue.task_backend.results import forget_senders
-from modelqueue.task_backend.unserved import Place, unserved
+from modelqueue.task_backend.unserved import OutOfTime, Place, unserved
 
 __all__ = ["queue_name", "task_queues"]
 
@@ -160,7 +160,7 @@ def _examine(using: str, seconds: float) -> Iterator[Finding]:
     try:
         for one in unserved(using, served, seconds):
             yield findings.unserved(str(one), one.rows)
-    except TimeoutError as error:
+    except OutOfTime as error:
         yield findings.not_all_served(str(error))
 
 

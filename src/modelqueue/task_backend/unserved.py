@@ -15,10 +15,14 @@ from modelqueue.report import CAP, Count
 from modelqueue.status import END_OF_LIVE, FIRST_LIVE
 from modelqueue.task_backend.models import QueuedTask
 
-__all__ = ["Place", "Unserved", "unserved"]
+__all__ = ["OutOfTime", "Place", "Unserved", "unserved"]
 
 #: A backend and one of its queues; None: all that it may have.
 Place = tuple[str, "str | None"]
+
+
+class OutOfTime(Exception):  # noqa: N818
+    """There were more queues than could be looked at."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,17 @@ def unserved(using: str, served: set[Place], seconds: float) -> Iterator[Unserve
     for each user, say, that takes its time all the same.
 
     Raises:
-        TimeoutError: it would take more seconds.
+        OutOfTime: it would take more seconds.
     """
     rows, deadline = QueuedTask.objects.using(using), time.monotonic() + seconds
     place = _place_after(rows, None)
     while place is not None:
         backend, queue, pk = place
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"{seconds:g} s were enough up to the queue {queue!r} of TASKS[{backend!r}] only"
-            )
         if (backend, None) in served:
             place = _place_after(rows, backend)
             continue
+        if time.monotonic() > deadline:
+            raise OutOfTime(f"{seconds:g} s were over before the queue {queue!r} of TASKS[{backend!r}]")
         # The database says which names are one: MySQL and MariaDB do not tell a from A, nor from á.
         is_served = (backend, queue) in served or rows.filter(_of(served), pk=pk).exists()
         if not is_served and (number := _number(rows, backend, queue)).number:

@@ -23,7 +23,7 @@ logger = logging.getLogger("modelqueue")
 #: Seconds between two rounds.
 _INTERVAL = 1.0
 #: Seconds that a look for what is wrong may take, and after which it is tried again if it has failed.
-_EXAMINE_SECONDS, _EXAMINE_INTERVAL = 1.0, 60.0
+_EXAMINE_SECONDS, _EXAMINE_INTERVAL = 3.0, 60.0
 
 
 class Upkeep:
@@ -77,19 +77,20 @@ class Upkeep:
         _close_broken_connections()
 
     def _examine(self) -> None:
-        """Warn of what is wrong with the queues, once; where that fails, once more in a while."""
+        """Warn of what is wrong with the queues, once; where that fails, it is tried again in a while."""
         if not self._to_examine or time.monotonic() < self._examine_at:
             return
+        level = logging.DEBUG if self._examine_at else logging.WARNING  # what has failed was told already
         seen, failed = set[Any](), []
         for queue in self._to_examine:
             try:
                 place = queue.examine, queue.using  # which several queues may have in common
                 if queue.examine and place not in seen and not self._is_stopped.is_set():
                     seen.add(place)
-                    for finding in queue.examine(queue.using, _EXAMINE_SECONDS):
+                    for finding in list(queue.examine(queue.using, _EXAMINE_SECONDS)):
                         logger.warning("%s Ask manage.py modelqueue doctor.", finding.finding)
             except Exception as error:
-                logger.warning("%s: can not be examined: %s", queue.name, error)
+                logger.log(level, "%s: can not be examined: %s", queue.name, error)
                 failed.append(queue)
         self._to_examine = failed
         self._examine_at = time.monotonic() + _EXAMINE_INTERVAL
